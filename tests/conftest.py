@@ -109,7 +109,7 @@ def _parts_of_test(request: pytest.FixtureRequest, _probed: dict[str, str | None
 
 
 @pytest.fixture(scope="session")
-def test_image() -> str:
+def demo_image() -> str:
     """Reference of the demo image on the local Docker (`DS01_TEST_IMAGE`, built by ./tests/run)."""
     image = os.environ.get("DS01_TEST_IMAGE", "")
     demand("demo image", None if image else "DS01_TEST_IMAGE is not set")
