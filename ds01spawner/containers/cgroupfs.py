@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ds01spawner.errors import Code, HostError
+
 from .cgroup_files import CONTROLLERS, PERIOD_US, pinned_memory
-from .cgroups import Aggregate, CgroupParents, in_turn
+from .cgroup_parents import Aggregate, CgroupParents, in_turn
 from .slices import cgroup_path
 
 _SMALLEST_QUOTA_US = 1000

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any
 
 from ds01spawner.errors import Code, HostError
+
 from .cgroup_files import CgroupFacts, Mounts, in_use, read_cgroup
+from .cgroup_parents import Aggregate, CgroupParents
 from .cgroupfs import check_memory, lower_quotas, quota_notes, restore_quotas
-from .cgroups import Aggregate, CgroupParents
 from .slices import slice_name
 
 INFINITY = (1 << 64) - 1
