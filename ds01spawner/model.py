@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import Enum
 from typing import Any
@@ -361,13 +361,17 @@ class Admission:
 
 @dataclass(frozen=True)
 class Lease:
-    """One unit of one allocation."""
+    """One unit of one allocation.
+
+    `wanted` is False for a unit that the newest admission no longer names and that stays live until `activate`.
+    """
 
     unit_uuid: str
     share: float
     state: State
     label: str = ""
     mig_profile: str | None = None
+    wanted: bool = True
 
 
 @dataclass(frozen=True)
@@ -376,6 +380,7 @@ class Allocation:
 
     Attributes:
         token: fencing token; grows over the whole ledger, never used twice.
+        container_token: the token that the bound container carries (another one only while it is being replaced).
         spec_hash: hash of what the container was created with (decides reuse, update or re-creation).
         first_started_at: start of the runtime clock; held_until: end of a GPU hold (None = no end while held).
     """
@@ -394,6 +399,7 @@ class Allocation:
     image: str = ""
     container_id: str | None = None
     container_name: str | None = None
+    container_token: int | None = None
     spec_hash: str | None = None
     created_at: datetime | None = None
     activated_at: datetime | None = None
@@ -407,7 +413,8 @@ class Allocation:
 def plain(value: Any) -> Any:
     """`value` (dataclasses, enums, tuples, datetimes) as JSON-ready plain data."""
     if hasattr(value, "__dataclass_fields__"):
-        return plain(asdict(value))
+        # Not asdict: it copies deeply first, and cannot copy a read-only mapping.
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

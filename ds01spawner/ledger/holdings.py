@@ -1,0 +1,160 @@
+"""Reading allocations and leases: rows to the values of `model`, and the usage that quotas are counted from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, select
+
+from ds01spawner.model import Allocation, Holding, Lease, State, Usage
+
+from .part import Part
+from .tables import allocations, leases, live, tokens
+
+_BATCH = 500  # ids per query; SQLite takes at most 999 parameters in old versions
+
+
+class Holdings(Part):
+    """Who holds what, read only."""
+
+    def usage(self, *, exclude: tuple[str, str] | None = None) -> Usage:
+        """Everything held now.
+
+        Args:
+            exclude: (user, server name) whose own holding is given as `own` instead.
+
+        Raises:
+            LedgerError: the ledger does not answer.
+        """
+        with self._db.read() as connection:
+            return usage_of(connection, exclude)
+
+    def allocations(self, *, live: bool = True) -> tuple[Allocation, ...]:
+        """All live allocations (with `live=False` every one there ever was), oldest first."""
+        query = select(allocations).order_by(allocations.c.id)
+        with self._db.read() as connection:
+            return _load(connection, query.where(_live_allocation) if live else query)
+
+    def find(self, user: str, server_name: str) -> Allocation | None:
+        """The live allocation of one server ("" = the default server), or None."""
+        with self._db.read() as connection:
+            return live_allocation(connection, user, server_name)
+
+    def get(self, allocation_id: int) -> Allocation | None:
+        """The allocation of that id, live or released; leases are the live ones. None if there never was one."""
+        with self._db.read() as connection:
+            return one(connection, allocations.c.id == allocation_id)
+
+    def by_container(self, container_id: str) -> Allocation | None:
+        """The live allocation bound to a Docker container id, else the newest released one that was, else None."""
+        query = select(allocations).where(allocations.c.container_id == container_id)
+        query = query.order_by(_live_allocation.desc(), allocations.c.id.desc()).limit(1)
+        with self._db.read() as connection:
+            return next(iter(_load(connection, query)), None)
+
+    def by_token(self, token: int) -> Allocation | None:
+        """The allocation to which `token` was ever given; its `token` may be newer meanwhile.
+
+        None means that this ledger never gave it: another installation, or a ledger restored from a backup.
+        """
+        owner = select(tokens.c.allocation_id).where(tokens.c.token == token).scalar_subquery()
+        with self._db.read() as connection:
+            return one(connection, allocations.c.id == owner)
+
+
+_live_allocation = live(allocations)
+
+
+def usage_of(connection: Connection, own: tuple[str, str] | None) -> Usage:
+    """Usage inside the caller's transaction; `own` (user, server name) is set apart."""
+    a, u = allocations.c, leases.c
+    query = (
+        select(a.id, a.owner, a.group_name, a.server_name, a.state, a.created_at, a.held_until, u.unit_uuid, u.share)
+        .select_from(allocations.outerjoin(leases, and_(u.allocation_id == a.id, live(leases))))
+        .where(_live_allocation)
+        .order_by(a.id, u.id)
+    )
+    heads: dict[int, Any] = {}
+    units: dict[int, dict[str, float]] = {}
+    for row in connection.execute(query):
+        number, uuid, share = row[0], row[7], row[8]
+        heads.setdefault(number, row)
+        held = units.setdefault(number, {})
+        if uuid is not None:
+            held[uuid] = share
+    mine: Holding | None = None
+    others: list[Holding] = []
+    for number, (_id, owner, group, server, state, since, until, *_lease) in heads.items():
+        holding = Holding(owner, group, server, State(state), units[number], since, until)
+        if own == (owner, server):
+            mine = holding
+        else:
+            others.append(holding)
+    return Usage(tuple(others), mine)
+
+
+def live_allocation(connection: Connection, user: str, server_name: str) -> Allocation | None:
+    """The live allocation of one server inside the caller's transaction."""
+    mine = and_(allocations.c.owner == user, allocations.c.server_name == server_name, _live_allocation)
+    return one(connection, mine)
+
+
+def one(connection: Connection, condition: ColumnElement[bool]) -> Allocation | None:
+    """The one allocation that meets `condition`, with its live leases."""
+    return next(iter(_load(connection, select(allocations).where(condition))), None)
+
+
+def _load(connection: Connection, query: Select[Any]) -> tuple[Allocation, ...]:
+    rows = connection.execute(query).mappings().all()
+    held = _leases_of(connection, [row["id"] for row in rows if row["state"] != State.RELEASED.value])
+    return tuple(_allocation(row, held.get(row["id"], ())) for row in rows)
+
+
+def _leases_of(connection: Connection, ids: Sequence[int]) -> dict[int, tuple[Lease, ...]]:
+    found: dict[int, tuple[Lease, ...]] = {}
+    for start in range(0, len(ids), _BATCH):
+        query = select(leases).where(leases.c.allocation_id.in_(ids[start : start + _BATCH]), live(leases))
+        for row in connection.execute(query.order_by(leases.c.id)).mappings():
+            number = row["allocation_id"]
+            found[number] = (*found.get(number, ()), _lease(row))
+    return found
+
+
+def _lease(row: RowMapping) -> Lease:
+    return Lease(
+        unit_uuid=row["unit_uuid"],
+        share=row["share"],
+        state=State(row["state"]),
+        label=row["label"],
+        mig_profile=row["mig_profile"],
+        wanted=row["wanted"],
+    )
+
+
+def _allocation(row: RowMapping, held: Iterable[Lease]) -> Allocation:
+    return Allocation(
+        id=row["id"],
+        token=row["token"],
+        user=row["owner"],
+        group=row["group_name"],
+        groups=tuple(row["groups"]),
+        server_name=row["server_name"],
+        state=State(row["state"]),
+        uid=row["uid"],
+        request=row["request"],
+        limits=row["limits"],
+        leases=tuple(held),
+        image=row["image"],
+        container_id=row["container_id"],
+        container_name=row["container_name"],
+        container_token=row["container_token"],
+        spec_hash=row["spec_hash"],
+        created_at=row["created_at"],
+        activated_at=row["activated_at"],
+        first_started_at=row["first_started_at"],
+        stopped_at=row["stopped_at"],
+        held_until=row["held_until"],
+        released_at=row["released_at"],
+        reason=row["reason"],
+    )
