@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from ..errors import InventoryError
-from ..model import External, Inventory
+from ds01spawner.errors import InventoryError
+from ds01spawner.model import External, Inventory
 
 
 @dataclass(frozen=True)

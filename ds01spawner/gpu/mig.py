@@ -83,7 +83,7 @@ def parse_name(name: str) -> ProfileName | None:
 
 
 def sufficient(have: str, asked: str) -> bool:
-    """True if an instance of MIG profile `have` can stand in for `asked`: as many slices, as much memory, same engines."""
+    """True if an instance of MIG profile `have` can stand in for `asked`: slices, memory and engines suffice."""
     mine, wanted = parse_name(have), parse_name(asked)
     if mine is None or wanted is None:
         return have == asked
@@ -136,7 +136,7 @@ def _search(profiles: Sequence[MigProfile], occupied: int) -> list[int] | None:
 
 
 def totals(largest_compute: int) -> tuple[int, int]:
-    """(compute, memory) slices of a GPU whose largest MIG profile has `largest_compute` slices, where NVML is silent."""
+    """(compute, memory) slices of a GPU by its largest MIG profile's compute slices, where NVML does not tell."""
     return (4, 4) if 0 < largest_compute <= 4 else (7, 8)
 
 

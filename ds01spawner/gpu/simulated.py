@@ -27,8 +27,9 @@ from typing import Any
 
 import yaml
 
-from ..errors import InventoryError
-from ..model import External, Gpu, Inventory, Unit
+from ds01spawner.errors import InventoryError
+from ds01spawner.model import External, Gpu, Inventory, Unit
+
 from .inventory import GpuProcess, InventorySource
 from .mig import GEOMETRIES, MIB, Geometry, fit, geometry_of, mask
 
