@@ -15,6 +15,7 @@ from typing import Any
 
 from ds01spawner.errors import SettingsInvalid
 from ds01spawner.model import Mount, Resources, Unit
+
 from . import aime
 from .facts import ContainerFacts
 
@@ -412,14 +413,17 @@ def limits_of(old: ContainerFacts) -> dict[str, int]:
     }
 
 
-def without_devices(old: ContainerFacts) -> dict[str, Any]:
+def without_devices(old: ContainerFacts, image: str = "") -> dict[str, Any]:
     """Create body of the stand-in that takes a stopped container's place, and names no device (design, point 1).
 
-    It keeps image, labels, user, mounts and limits, so that nothing a user or tool can see is lost but the units;
-    it is never started: the next start finds another specification and creates anew.
+    It keeps labels, user, mounts and limits, so that nothing a user or tool can see is lost but the units; the next
+    start finds another specification and creates anew.
+
+    Args:
+        old: the stopped container. image: where its changes were committed to; "" = what it was created from.
     """
     mounts = [Bind(m.source, m.target, m.read_only) for m in old.mounts if m.kind == "bind"]
-    host = {key: value for key, value in limits_of(old).items() if value}
+    host: dict[str, Any] = {key: value for key, value in limits_of(old).items() if value}
     host |= _device_parts(DevicePlan())
     host |= {
         "Mounts": _mounts(mounts),
@@ -434,7 +438,7 @@ def without_devices(old: ContainerFacts) -> dict[str, Any]:
     env = [f"{name}={value}" for name, value in old.env.items() if not name.startswith(GPU_ENV_OWNED)]
     labels = {**old.labels, aime.LABEL_GPUS: "", "aime.mlc.GPUS": "", aime.LABEL_SPEC: ""}
     return {
-        "Image": old.image_ref,
+        "Image": image or old.image_ref,
         "Cmd": list(old.command) or None,
         "Env": [*env, "NVIDIA_VISIBLE_DEVICES=void"],
         "User": old.user,
