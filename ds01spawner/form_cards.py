@@ -1,0 +1,255 @@
+"""One card of the spawn form: what a profile's size would give this user, and whether it can start now. Pure.
+
+Whether a card can start is never worked out here: every card asks `admission.check`, the function that the start
+itself asks, so that the form and the start cannot disagree. Three questions are put to it per card: may this user
+ever have it (empty machine, nothing held), can it start now, and which units would do (to count the free ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from . import admission
+from .admission_words import amount
+from .errors import Code, Refusal
+from .form_choice import size_key
+from .form_words import badge_text, cores_text, gpu_text, plain_title, reason_text, size_text, wait_text
+from .model import Admission, GpuAsk, GpuKind, Holding, Limits, Request, Resources, Snapshot, State, Unit, Usage
+from .policy.schema import Profile, ProfileSize
+
+_WAIT_AND_SEE = frozenset({Code.NO_GPU, Code.INVENTORY_STALE, Code.IMAGE_MISSING})
+"""Refusals that an otherwise entitled user may meet even on an empty machine; every other one hides the card."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of what a card gives or of what is left: label, value, and whose rule it is (may be "")."""
+
+    label: str
+    value: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Units that would do for a card: `free` of `total` (healthy ones) can be had now, quotas left aside."""
+
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """One choice on the form.
+
+    Attributes:
+        value: `profile/size`, what the radio button sends.
+        title, tagline: plain words. gives: short texts such as "8 cores". details: for the disclosure.
+        meter: free units; None without a GPU or when the machine's state is unknown.
+        available: it can start now; reason and when say why not and until when (plain text, may be "").
+        badge: the same in three words, or how many units are free.
+        whole: it would take a whole GPU. checked: preselected; exactly one card of a form is.
+        notes: what admission adds to a yes ("CPU clamped to …").
+    """
+
+    value: str
+    profile: str
+    size: str
+    title: str
+    tagline: str
+    gives: tuple[str, ...]
+    details: tuple[Fact, ...]
+    available: bool
+    badge: str
+    code: Code | None = None
+    reason: str = ""
+    when: str = ""
+    meter: Meter | None = None
+    whole: bool = False
+    share: float = 0.0
+    checked: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every card is judged against."""
+
+    server_name: str
+    limits: Limits
+    usage: Usage
+    snapshot: Snapshot
+    now: datetime
+
+    def ask(
+        self,
+        profile: Profile,
+        size: ProfileSize,
+        image: str,
+        *,
+        usage: Usage | None = None,
+        snapshot: Snapshot | None = None,
+        gpu: GpuAsk | None = None,
+    ) -> Admission | Refusal:
+        """The answer of the real admission, as a value. Dry run: it changes nothing."""
+        request = Request(server_name=self.server_name, profile=profile.name, size=size_key(profile, size), gpu=gpu)
+        usage = self.usage if usage is None else usage
+        snapshot = self.snapshot if snapshot is None else snapshot
+        try:
+            return admission.check(request, profile, size, image, self.limits, usage, snapshot, self.now)
+        except Refusal as refusal:
+            return refusal
+
+    @property
+    def idle(self) -> Snapshot:
+        """The same machine, seen just now, with nobody from outside on it."""
+        return replace(self.snapshot, at=self.now, external=())
+
+
+def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | None, missing: str) -> Card | None:
+    """One card, None if this user may never have it."""
+    reference = image or "unknown"
+    ever = scene.ask(profile, size, reference, usage=Usage(), snapshot=scene.idle)
+    if isinstance(ever, Refusal) and ever.code not in _WAIT_AND_SEE:
+        return None
+    bare = scene.ask(profile, size, reference, usage=Usage(), snapshot=scene.idle, gpu=GpuAsk())
+    answer: Admission | Refusal = scene.ask(profile, size, reference)
+    if missing:
+        answer = Refusal(Code.IMAGE_MISSING, missing)
+    resources = bare.resources if isinstance(bare, Admission) else None
+    units = _units_that_do(scene, profile, size, reference)
+    granted = next((a.units for a in (answer, ever) if isinstance(a, Admission)), ())
+    title, _, tagline = (size.title or plain_title(size.gpu.ask(), granted)).partition(": ")
+    key = size_key(profile, size)
+    code = answer.code if isinstance(answer, Refusal) else None
+    meter = _meter(scene, units) if _wants_gpu(size) and not scene.snapshot.stale(scene.now) else None
+    return Card(
+        value=f"{profile.name}/{key}",
+        profile=profile.name,
+        size=key,
+        title=title,
+        tagline=size.description or tagline,
+        gives=_gives(resources, size, granted),
+        details=(
+            *_details(scene, resources, size, granted, units, image),
+            *([Fact("Why not now", answer.message)] if isinstance(answer, Refusal) else []),
+        ),
+        available=code is None,
+        badge=badge_text(code, meter and meter.free, meter and meter.total),
+        code=code,
+        reason=reason_text(answer) if isinstance(answer, Refusal) else "",
+        when="" if code is None else _when(scene, code, units),
+        meter=meter,
+        whole=any(unit.whole for unit in granted) or size.gpu.ask().kind is GpuKind.FULL,
+        share=sum(unit.share for unit in granted),
+        notes=answer.notes if isinstance(answer, Admission) else (),
+    )
+
+
+def _wants_gpu(size: ProfileSize) -> bool:
+    return size.gpu.ask().count > 0
+
+
+def _units_that_do(scene: Scene, profile: Profile, size: ProfileSize, image: str) -> tuple[Unit, ...]:
+    """The healthy units of the machine that admission would take for this card, free or not.
+
+    Units that look alike are tried together: the machine is shown to admission with only these in it.
+    """
+    if not _wants_gpu(size):
+        return ()
+    alike: dict[tuple[str, str | None, int], list[Unit]] = {}
+    for unit in scene.snapshot.inventory.units:
+        if unit.problem is None:
+            alike.setdefault((unit.model, unit.mig_profile, unit.memory_bytes), []).append(unit)
+    found: list[Unit] = []
+    for units in alike.values():
+        only = _with_units(scene.idle, frozenset(unit.uuid for unit in units))
+        if isinstance(scene.ask(profile, size, image, usage=Usage(), snapshot=only), Admission):
+            found.extend(units)
+    return tuple(found)
+
+
+def _with_units(snapshot: Snapshot, keep: frozenset[str]) -> Snapshot:
+    """`snapshot` with no other units than `keep`."""
+    gpus = tuple(
+        replace(gpu, units=tuple(unit for unit in gpu.units if unit.uuid in keep)) for gpu in snapshot.inventory.gpus
+    )
+    return replace(snapshot, inventory=replace(snapshot.inventory, gpus=gpus))
+
+
+def _meter(scene: Scene, units: Sequence[Unit]) -> Meter:
+    busy = scene.usage.taken() | frozenset(scene.snapshot.external_by_unit())
+    return Meter(free=sum(unit.uuid not in busy for unit in units), total=len(units))
+
+
+def _gives(resources: Resources | None, size: ProfileSize, granted: Sequence[Unit]) -> tuple[str, ...]:
+    """What a card gives, in a few words each."""
+    texts = [gpu_text(size.gpu.ask(), granted)]
+    if resources is not None:
+        texts += [cores_text(resources.cpus), f"{size_text(resources.memory)} memory"]
+    return tuple(texts)
+
+
+def _details(
+    scene: Scene,
+    resources: Resources | None,
+    size: ProfileSize,
+    granted: Sequence[Unit],
+    units: Sequence[Unit],
+    image: str | None,
+) -> tuple[Fact, ...]:
+    """The exact values, each with whose rule it is."""
+    facts: list[Fact] = []
+    if _wants_gpu(size):
+        kinds = sorted({unit.mig_profile or "whole GPU" for unit in units})
+        facts.append(Fact("GPU units", ", ".join(kinds) or "none on this server", "this profile"))
+        models = sorted({unit.model for unit in units})
+        facts += [Fact("GPU model", ", ".join(models))] if models else []
+        if granted:
+            share = sum(unit.share for unit in granted)
+            facts.append(Fact("Counts as", f"{amount(share)} of a GPU", _source(scene.limits, "max_gpu_equivalents")))
+    if resources is not None:
+        cpu_rule = _rule(scene.limits, "max_cpus", resources.cpus, size.cpus)
+        memory_rule = _rule(scene.limits, "memory", resources.memory, size.memory)
+        facts += [
+            Fact("CPU", cores_text(resources.cpus), cpu_rule),
+            Fact("Memory", size_text(resources.memory), memory_rule),
+            Fact("Shared memory", size_text(resources.shm_size), _source(scene.limits, "shm_size")),
+            Fact("Processes", "no limit" if resources.pids_limit is None else str(resources.pids_limit)),
+        ]
+    facts.append(Fact("Image", image or "not on this server"))
+    return tuple(facts)
+
+
+def _source(limits: Limits, key: str) -> str:
+    return limits.source(key) if key in limits.values else ""
+
+
+def _rule(limits: Limits, key: str, given: float | None, wanted: float | None) -> str:
+    """Whose rule decided a value: the profile's if it is what the size asks for, else the limit's."""
+    return "this profile" if wanted is not None and given == wanted else _source(limits, key)
+
+
+# --------------------------------------------------------------------------- when
+
+
+def _when(scene: Scene, code: Code, units: Sequence[Unit]) -> str:
+    """How long until the next hold ends that stands in the way, in words; "" if nobody knows."""
+    user, group = scene.limits.user, scene.limits.group
+    wanted = frozenset(unit.uuid for unit in units)
+
+    def in_the_way(holding: Holding) -> bool:
+        if code in (Code.USER_COUNT, Code.USER_QUOTA):
+            return holding.user == user
+        if code is Code.GROUP_QUOTA:
+            return holding.group == group
+        return code is Code.NO_GPU and bool(wanted & holding.units.keys())
+
+    ends = [
+        h.until
+        for h in scene.usage.holdings
+        if h.units and h.state is State.HELD and h.until is not None and h.until > scene.now and in_the_way(h)
+    ]
+    return f"Expected free {wait_text((min(ends) - scene.now).total_seconds())}." if ends else ""

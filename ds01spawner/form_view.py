@@ -1,0 +1,310 @@
+"""What the spawn form shows, as plain values: cards, notes, quota lines. Pure; `form.render_form` makes HTML of it.
+
+The cards are made in `form_cards`; here they are put together, and one of them is preselected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from .admission_words import amount
+from .errors import Code, Ds01Error, Refusal
+from .form_cards import Card, Fact, Scene, make_card
+from .form_choice import choose, default_profile, profile_title, size_key
+from .form_request import IMAGE_FIELD, SpawnRequest
+from .images import SavedImage, allowed
+from .model import (
+    DEFAULT_SERVER,
+    Inventory,
+    Limits,
+    Request,
+    Snapshot,
+    State,
+    Usage,
+)
+from .policy.schema import Profile
+
+
+@dataclass(frozen=True)
+class ImageOption:
+    """One image to choose instead of the profile's own."""
+
+    ref: str
+    label: str
+    saved: bool = False
+    selected: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """One profile with its cards; `image` is its own, `images` are the others to choose from."""
+
+    profile: str
+    title: str
+    description: str
+    image: str | None
+    cards: tuple[Card, ...]
+    images: tuple[ImageOption, ...] = ()
+
+    @property
+    def image_field(self) -> str:
+        """Name of the profile's image selector."""
+        return f"{IMAGE_FIELD}{self.profile}"
+
+
+@dataclass(frozen=True)
+class FormView:
+    """Everything on the form. `server` is its name for people; `project`, `cpus`, `memory` are prefilled."""
+
+    user: str
+    server: str
+    groups: tuple[Group, ...]
+    quota: tuple[Fact, ...]
+    notes: tuple[str, ...]
+    at: datetime
+    project: str = ""
+    cpus: str = ""
+    memory: str = ""
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """All cards in order."""
+        return tuple(card for group in self.groups for card in group.cards)
+
+    @property
+    def chosen(self) -> Card | None:
+        """The preselected card; None only if nothing is offered."""
+        return next((card for card in self.cards if card.checked), None)
+
+
+def build_view(
+    *,
+    user: str,
+    server_name: str,
+    limits: Limits,
+    profiles: Sequence[Profile],
+    usage: Usage,
+    snapshot: Snapshot | None,
+    now: datetime,
+    image_of: Callable[[Profile], str | None],
+    last_choice: Mapping[str, Any] | None = None,
+    private_images: Sequence[SavedImage] = (),
+    policy_problems: bool = False,
+) -> FormView:
+    """The form of `user` for the server `server_name`.
+
+    Args:
+        profiles: what the user is offered, in file order (`policy.resolve.offered_profiles`).
+        usage: as the ledger gives it for this server (its own holding apart). snapshot: None = no watcher yet.
+        last_choice: the `user_options` of the last start, as stored; it is parsed and judged anew, never trusted.
+        image_of: the image a profile means on this machine, None (or a Refusal) where there is none.
+        private_images: what the user saved. policy_problems: the files on disk are wrong, an older policy rules.
+    """
+    known = snapshot or Snapshot(at=datetime.min.replace(tzinfo=timezone.utc), inventory=Inventory((), "none"))
+    scene = Scene(server_name, limits, usage, known, now)
+    groups = tuple(
+        group for profile in profiles if (group := _group(scene, profile, image_of, private_images)) is not None
+    )
+    notes = _machine_notes(groups, known, now, policy_problems)
+    remembered, lost = _remembered(last_choice, server_name, profiles)
+    groups, chosen_note = _preselect(groups, profiles, remembered, lost)
+    view = FormView(
+        user=user,
+        server=server_name or DEFAULT_SERVER,
+        groups=groups,
+        quota=quota_lines(limits, usage, user),
+        notes=tuple(note for note in (*notes, chosen_note) if note),
+        at=now,
+    )
+    return _prefill(view, remembered)
+
+
+# --------------------------------------------------------------------------- one profile
+
+
+def _group(
+    scene: Scene,
+    profile: Profile,
+    image_of: Callable[[Profile], str | None],
+    private_images: Sequence[SavedImage],
+) -> Group | None:
+    """The profile's cards, None if none of them is for this user."""
+    missing = ""
+    try:
+        image = image_of(profile)
+    except Refusal as refusal:
+        image, missing = None, refusal.message
+    if image is None and not missing:
+        missing = "Its image is not on this server yet. Ask the admin to fetch it."
+    cards = tuple(
+        card for size in profile.sizes.values() if (card := make_card(scene, profile, size, image, missing)) is not None
+    )
+    if not cards:
+        return None
+    return Group(
+        profile=profile.name,
+        title=profile_title(profile),
+        description=profile.description or "",
+        image=image,
+        cards=cards,
+        images=_image_options(profile, image, private_images),
+    )
+
+
+# --------------------------------------------------------------------------- quota
+
+
+def quota_lines(limits: Limits, usage: Usage, user: str) -> tuple[Fact, ...]:
+    """What the user holds of what they may hold, one line per cap that is set, each with its source."""
+    lines: list[Fact] = []
+    own_units = usage.own.units if usage.own else {}
+    units = usage.units_of(user) + len(own_units)
+    share = usage.share_of(user) + sum(own_units.values())
+    own_running = usage.own is not None and usage.own.state in (State.RESERVED, State.ACTIVE)
+    servers = usage.servers_of(user) + own_running
+    for key, label, held in (
+        ("max_gpu_equivalents", "GPU", amount(share)),
+        ("max_mig_instances", "GPU units", str(units)),
+        ("max_containers_per_user", "Servers", str(servers)),
+    ):
+        if key in limits.values and limits[key] is not None:
+            lines.append(Fact(label, f"{held} of {amount(float(limits[key]))}", limits.source(key)))
+    return tuple(lines)
+
+
+def quota_sentence(lines: Sequence[Fact]) -> str:
+    """The same as one line for the home page: "GPU 0.5 of 1 · Servers 1 of 3"."""
+    return " · ".join(f"{line.label} {line.value}" for line in lines)
+
+
+def _machine_notes(
+    groups: Sequence[Group], snapshot: Snapshot, now: datetime, policy_problems: bool
+) -> tuple[str, ...]:
+    """What is wrong for everybody."""
+    notes = []
+    if policy_problems:
+        notes.append("The rules of this server are being edited and do not parse; the last good ones are in force.")
+    gpu_cards = [card for group in groups for card in group.cards if card.code is Code.INVENTORY_STALE]
+    if gpu_cards and snapshot.stale(now):
+        notes.append("Nobody knows what the GPUs are doing right now, so no GPU can be given. This page keeps looking.")
+    return tuple(notes)
+
+
+# --------------------------------------------------------------------------- images
+
+
+def _image_options(profile: Profile, image: str | None, saved: Sequence[SavedImage]) -> tuple[ImageOption, ...]:
+    """Images the user may take instead: those the profile names in full, and what they saved on a base it allows."""
+    if image is None:
+        return ()
+    named = [ref for ref in profile.images if ref != image and not set("*?[") & set(ref)]
+    options = [ImageOption(ref, ref) for ref in named]
+    for item in reversed(saved):
+        if allowed(item.base, profile, image):
+            server = item.server_name or DEFAULT_SERVER
+            options.append(ImageOption(item.ref, f"Saved from your server {server} ({item.base})", saved=True))
+    return tuple(options)
+
+
+# --------------------------------------------------------------------------- the preselected card
+
+
+def _remembered(
+    last_choice: Mapping[str, Any] | None, server_name: str, profiles: Sequence[Profile]
+) -> tuple[Request | None, bool]:
+    """The last choice with profile and size filled in, and whether there was one that is not valid any more."""
+    if not last_choice or not isinstance(last_choice, Mapping):
+        return None, False
+    try:
+        request = SpawnRequest.parse(last_choice, server_name=server_name, door="form")
+        profile, size = choose(request, profiles)
+    except Ds01Error:
+        return None, True
+    return replace(request, profile=profile.name, size=size_key(profile, size)), False
+
+
+def _preselect(
+    groups: Sequence[Group], profiles: Sequence[Profile], remembered: Request | None, lost: bool
+) -> tuple[tuple[Group, ...], str]:
+    """`groups` with exactly one card checked, and a note if that is not what was chosen last time."""
+    cards = [card for group in groups for card in group.cards]
+    if not cards:
+        return tuple(groups), ""
+    wanted = f"{remembered.profile}/{remembered.size}" if remembered else None
+    last = next((card for card in cards if card.value == wanted), None)
+    chosen = last if last is not None and last.available else _smallest(cards, profiles)
+    note = ""
+    if last is None and (lost or remembered is not None):
+        note = f"What you chose last time is not offered any more. Chosen for you: {chosen.title}."
+    elif last is not None and chosen is not last:
+        note = f"What you chose last time, {last.title}, cannot start now. Chosen for you: {chosen.title}."
+    return tuple(
+        replace(group, cards=tuple(replace(card, checked=card is chosen) for card in group.cards)) for group in groups
+    ), note
+
+
+def _smallest(cards: Sequence[Card], profiles: Sequence[Profile]) -> Card:
+    """The smallest sufficient card: the default profile's default size, else what comes nearest to it.
+
+    A whole GPU is chosen on purpose, never by us, unless whole GPUs are all there is.
+    """
+    profile = default_profile(profiles)
+    favourite = "" if profile is None else f"{profile.name}/{profile.default_size}"
+    home = "" if profile is None else profile.name
+
+    def rank(card: Card) -> tuple[bool, bool, bool, bool, bool, float]:
+        without_gpu = card.share == 0.0
+        return (
+            card.whole,
+            not card.available,
+            card.value != favourite,
+            card.profile != home,
+            without_gpu,
+            card.share,
+        )
+
+    return min(cards, key=rank)
+
+
+def _prefill(view: FormView, remembered: Request | None) -> FormView:
+    """Put the rest of a last choice that is still valid into the form: image, folder, fewer cores, less memory."""
+    chosen = view.chosen
+    if remembered is None or chosen is None or chosen.value != f"{remembered.profile}/{remembered.size}":
+        return view
+    offered = {option.ref for group in view.groups for option in group.images if group.profile == chosen.profile}
+    notes = view.notes
+    if remembered.image is not None and remembered.image not in offered | {_image(view, chosen)}:
+        notes = (*notes, "The image you chose last time is not offered any more; the profile's own is taken.")
+    groups = tuple(
+        replace(
+            group,
+            images=tuple(
+                replace(option, selected=group.profile == chosen.profile and option.ref == remembered.image)
+                for option in group.images
+            ),
+        )
+        for group in view.groups
+    )
+    return replace(
+        view,
+        groups=groups,
+        notes=notes,
+        project=remembered.project or "",
+        cpus="" if remembered.cpus is None else f"{remembered.cpus:g}",
+        memory="" if remembered.memory is None else exact_size(remembered.memory),
+    )
+
+
+def _image(view: FormView, card: Card) -> str | None:
+    return next(group.image for group in view.groups if group.profile == card.profile)
+
+
+def exact_size(size: int) -> str:
+    """`size` in bytes as a text that parses back to it: "16g", "1536m", or the number."""
+    for unit, factor in (("g", 2**30), ("m", 2**20), ("k", 2**10)):
+        if size % factor == 0:
+            return f"{size // factor}{unit}"
+    return str(size)
