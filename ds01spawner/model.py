@@ -82,6 +82,7 @@ class Gpu:
     Attributes:
         index: position by PCI order, from 0. pci_bus_id: e.g. `00000000:3B:00.0`.
         compute_capability: (major, minor), used to choose catalogue images; None where unknown.
+        minor: number of its device node `/dev/nvidia<minor>`, which need not be the index; None where unknown.
         compute_slices, memory_slices: totals when MIG is on (7 and 8 on A100/H100; 4 and 4 on A30; 1 and 1 when off).
         units: the whole GPU as one unit (MIG off), or its instances (possibly none yet).
         links: closeness to other GPUs by uuid, higher is closer (10 cross-CPU … 100·n NVLinks).
@@ -100,6 +101,7 @@ class Gpu:
     compute_capability: tuple[int, int] | None = None
     links: Mapping[str, int] = field(default_factory=dict)
     problem: str | None = None
+    minor: int | None = None
 
 
 @dataclass(frozen=True)
