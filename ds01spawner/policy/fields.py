@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import date, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -20,6 +21,13 @@ from .quantity import NO_LIMIT, parse_cores, parse_count, parse_duration, parse_
 _TRUE = frozenset({"true", "yes", "on"})
 _FALSE = frozenset({"false", "no", "off"})
 _NAME = re.compile(r"[^\s/\x00-\x1f\x7f](?:[^/\x00-\x1f\x7f]{0,253}[^\s/\x00-\x1f\x7f])?")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Marks a type with what documents call it."""
+
+    text: str
 
 
 class Section(BaseModel):
@@ -212,32 +220,70 @@ _NUMBER_PATTERN = _WORDS + r"|[0-9.]+([eE]\+?[0-9]+)?) *$"
 _CORES_PATTERN = _WORDS + r"|infinity|[0-9.]+ *%?) *$"
 _flag_schema = WithJsonSchema({"type": "boolean"})
 
-Duration = Annotated[float | None, PlainValidator(parse_duration), _schema(_DURATION_PATTERN, "48h", "1d 12h", "never")]
-Hours = Annotated[
-    float | None, PlainValidator(partial(parse_duration, hours=True)), _schema(_DURATION_PATTERN, 48, 0.5, None)
+Duration = Annotated[
+    float | None, PlainValidator(parse_duration), _schema(_DURATION_PATTERN, "48h", "1d 12h", "never"), Kind("duration")
 ]
-Size = Annotated[int | None, PlainValidator(parse_size), _schema(_SIZE_PATTERN, "32g", "512m")]
-Cores = Annotated[float | None, PlainValidator(parse_cores), _schema(_CORES_PATTERN, 8, 0.5)]
-Share = Annotated[float | None, PlainValidator(parse_number), _schema(_NUMBER_PATTERN, 1.0, 2.0)]
-Count = Annotated[int | None, PlainValidator(parse_count), _schema(_NUMBER_PATTERN, 3)]
-WholeNumber = Annotated[int, PlainValidator(_required(parse_count, "this")), _schema("", 10, null=False)]
-AtLeastOne = Annotated[int, PlainValidator(_bounded(parse_count, 1, 10**6)), _schema("", 3, null=False)]
-Percent = Annotated[float, PlainValidator(_bounded(_percent, 0, 100)), _schema("", 5, null=False)]
-CorePercent = Annotated[float, PlainValidator(_bounded(_percent, 0, 10**6)), _schema("", 2.0, null=False)]
-Fraction = Annotated[float, PlainValidator(_bounded(_fraction, 0, 1)), _schema("", 0.8, "80%", null=False)]
-Factor = Annotated[float, PlainValidator(_bounded(parse_number, 1, 1000)), _schema("", 2, null=False)]
-InSeconds = Annotated[float | None, PlainValidator(partial(_in_unit, unit=1)), _schema(_DURATION_PATTERN, 60)]
-InMinutes = Annotated[float | None, PlainValidator(partial(_in_unit, unit=60)), _schema(_DURATION_PATTERN, 30)]
-InHours = Annotated[float | None, PlainValidator(partial(_in_unit, unit=3600)), _schema(_DURATION_PATTERN, 24)]
-InDays = Annotated[float | None, PlainValidator(partial(_in_unit, unit=86400)), _schema(_DURATION_PATTERN, 90)]
-SystemdCores = Annotated[float | None, PlainValidator(_systemd(parse_cores)), _schema(_CORES_PATTERN, "2400%", 24)]
-SystemdSize = Annotated[int | None, PlainValidator(_systemd(parse_size)), _schema("", "96G", "infinity")]
-SystemdCount = Annotated[int | None, PlainValidator(_systemd(parse_count)), _schema("", 12288, "infinity")]
-Flag = Annotated[bool, PlainValidator(read_flag), _flag_schema]
-Day = Annotated[date, PlainValidator(read_day), WithJsonSchema({"type": "string", "format": "date"})]
-Name = Annotated[str, PlainValidator(read_name), WithJsonSchema({"type": ["string", "number"]})]
-Text = Annotated[str, PlainValidator(_read_text), WithJsonSchema({"type": ["string", "number", "boolean"]})]
-Anything = Annotated[Any, PlainValidator(_read_anything), WithJsonSchema({})]
+Hours = Annotated[
+    float | None,
+    PlainValidator(partial(parse_duration, hours=True)),
+    _schema(_DURATION_PATTERN, 48, 0.5, None),
+    Kind("duration, a bare number is hours"),
+]
+Size = Annotated[int | None, PlainValidator(parse_size), _schema(_SIZE_PATTERN, "32g", "512m"), Kind("size")]
+Cores = Annotated[float | None, PlainValidator(parse_cores), _schema(_CORES_PATTERN, 8, 0.5), Kind("cores")]
+Share = Annotated[float | None, PlainValidator(parse_number), _schema(_NUMBER_PATTERN, 1.0, 2.0), Kind("number")]
+Count = Annotated[int | None, PlainValidator(parse_count), _schema(_NUMBER_PATTERN, 3), Kind("whole number")]
+WholeNumber = Annotated[
+    int, PlainValidator(_required(parse_count, "this")), _schema("", 10, null=False), Kind("whole number")
+]
+AtLeastOne = Annotated[
+    int, PlainValidator(_bounded(parse_count, 1, 10**6)), _schema("", 3, null=False), Kind("whole number from 1")
+]
+Percent = Annotated[float, PlainValidator(_bounded(_percent, 0, 100)), _schema("", 5, null=False), Kind("0 to 100")]
+CorePercent = Annotated[
+    float, PlainValidator(_bounded(_percent, 0, 10**6)), _schema("", 2.0, null=False), Kind("percent")
+]
+Fraction = Annotated[
+    float, PlainValidator(_bounded(_fraction, 0, 1)), _schema("", 0.8, "80%", null=False), Kind("0 to 1 or percent")
+]
+Factor = Annotated[
+    float, PlainValidator(_bounded(parse_number, 1, 1000)), _schema("", 2, null=False), Kind("number from 1")
+]
+InSeconds = Annotated[
+    float | None, PlainValidator(partial(_in_unit, unit=1)), _schema(_DURATION_PATTERN, 60), Kind("seconds or duration")
+]
+InMinutes = Annotated[
+    float | None,
+    PlainValidator(partial(_in_unit, unit=60)),
+    _schema(_DURATION_PATTERN, 30),
+    Kind("minutes or duration"),
+]
+InHours = Annotated[
+    float | None,
+    PlainValidator(partial(_in_unit, unit=3600)),
+    _schema(_DURATION_PATTERN, 24),
+    Kind("hours or duration"),
+]
+InDays = Annotated[
+    float | None,
+    PlainValidator(partial(_in_unit, unit=86400)),
+    _schema(_DURATION_PATTERN, 90),
+    Kind("days or duration"),
+]
+SystemdCores = Annotated[
+    float | None, PlainValidator(_systemd(parse_cores)), _schema(_CORES_PATTERN, "2400%", 24), Kind("cores or percent")
+]
+SystemdSize = Annotated[int | None, PlainValidator(_systemd(parse_size)), _schema("", "96G", "infinity"), Kind("size")]
+SystemdCount = Annotated[
+    int | None, PlainValidator(_systemd(parse_count)), _schema("", 12288, "infinity"), Kind("whole number")
+]
+Flag = Annotated[bool, PlainValidator(read_flag), _flag_schema, Kind("true or false")]
+Day = Annotated[date, PlainValidator(read_day), WithJsonSchema({"type": "string", "format": "date"}), Kind("day")]
+Name = Annotated[str, PlainValidator(read_name), WithJsonSchema({"type": ["string", "number"]}), Kind("name")]
+Text = Annotated[
+    str, PlainValidator(_read_text), WithJsonSchema({"type": ["string", "number", "boolean"]}), Kind("text")
+]
+Anything = Annotated[Any, PlainValidator(_read_anything), WithJsonSchema({}), Kind("ignored")]
 
 EMPTY_MAP = BeforeValidator(lambda value: {} if value is None else value)
 """`students:` with nothing below it is an empty section, not an error."""

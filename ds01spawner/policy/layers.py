@@ -29,6 +29,7 @@ from .fields import (
     InHours,
     InMinutes,
     InSeconds,
+    Kind,
     Name,
     Percent,
     Section,
@@ -204,7 +205,7 @@ def _names(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[Name, ...], BeforeValidator(_names)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_names), Kind("list of names")]
 
 
 class Group(Layer):

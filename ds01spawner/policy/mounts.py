@@ -9,25 +9,20 @@ from pydantic import AfterValidator, BeforeValidator, PlainValidator, WithJsonSc
 
 from ds01spawner.model import Mount
 
-from .fields import EMPTY_LIST, Section, setting
+from .fields import EMPTY_LIST, Kind, Section, setting
 
-_CLOSED_HOST = (
-    "/boot",
-    "/dev",
-    "/etc",
-    "/proc",
-    "/root",
-    "/run",
-    "/sys",
-    "/var/lib/docker",
-    "/var/lib/ds01",
-    "/var/run",
-)
+_CLOSED_HOST = ("/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/var/lib/docker", "/var/run")
+"""Nothing in or below these is ever mounted: the Docker socket, devices, secrets."""
+
+_TOO_MUCH_HOST = ("/", "/home", "/opt", "/root", "/usr", "/var", "/var/lib", "/var/lib/ds01")
+"""Too much at once; a folder below them may be meant."""
+
 _CLOSED_TARGET = ("/dev", "/etc", "/proc", "/run", "/sys", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/opt/jupyter")
+_TAKEN_TARGET = ("/", "/home", "/root", "/tmp", "/var", "/workspace")  # noqa: S108  # a path in the container
 
 
-def _folder(value: object, what: str, closed: tuple[str, ...]) -> str:
-    """A clean absolute path outside of `closed`."""
+def _folder(value: object, what: str, below: tuple[str, ...], exactly: tuple[str, ...]) -> str:
+    """A clean absolute path, neither in nor below `below` and none of `exactly`."""
     text = value.strip() if isinstance(value, str) else ""
     if not text.startswith("/"):
         raise ValueError(f'the {what} "{value if value is not None else ""}" is not an absolute path')
@@ -37,17 +32,17 @@ def _folder(value: object, what: str, closed: tuple[str, ...]) -> str:
     if ".." in parts or "." in parts:
         raise ValueError(f'the {what} "{text}" contains . or ..; write the path that is meant')
     path = "/" + "/".join(parts)
-    if not parts or any(path == top or path.startswith(top + "/") for top in closed):
+    if path in exactly or any(path == top or path.startswith(top + "/") for top in below):
         raise ValueError(f"the {what} {path} may not be mounted; it belongs to the system")
     return path
 
 
 def _host_folder(value: object) -> str:
-    return _folder(value, "host path", _CLOSED_HOST)
+    return _folder(value, "host path", _CLOSED_HOST, _TOO_MUCH_HOST)
 
 
 def _target_folder(value: object) -> str:
-    return _folder(value, "target", _CLOSED_TARGET)
+    return _folder(value, "target", _CLOSED_TARGET, _TAKEN_TARGET)
 
 
 def _short_mount(value: object) -> object:
@@ -66,8 +61,12 @@ _PATH = WithJsonSchema({"type": "string", "pattern": "^/"})
 class MountEntry(Section):
     """One host folder that the policy mounts into containers. Users never choose host paths."""
 
-    host: Annotated[str, PlainValidator(_host_folder), _PATH] = setting("Absolute path on the host.", default=...)
-    target: Annotated[str, PlainValidator(_target_folder), _PATH] = setting("Path in the container.", default=...)
+    host: Annotated[str, PlainValidator(_host_folder), _PATH, Kind("absolute path")] = setting(
+        "Absolute path on the host.", default=...
+    )
+    target: Annotated[str, PlainValidator(_target_folder), _PATH, Kind("absolute path")] = setting(
+        "Path in the container.", default=...
+    )
     mode: Literal["ro", "rw"] = setting("ro = read-only, rw = read and write.", default="ro")
 
     @property
@@ -85,7 +84,10 @@ def _distinct_targets(mounts: tuple[MountEntry, ...]) -> tuple[MountEntry, ...]:
 
 
 MountList = Annotated[
-    tuple[Annotated[MountEntry, BeforeValidator(_short_mount)], ...], EMPTY_LIST, AfterValidator(_distinct_targets)
+    tuple[Annotated[MountEntry, BeforeValidator(_short_mount)], ...],
+    EMPTY_LIST,
+    AfterValidator(_distinct_targets),
+    Kind("list of mounts"),
 ]
 
 
@@ -106,4 +108,5 @@ Pool = Annotated[
     tuple[str, ...] | None,
     PlainValidator(_pool),
     WithJsonSchema({"type": ["array", "string", "integer", "null"], "items": {"type": ["string", "integer"]}}),
+    Kind("list"),
 ]

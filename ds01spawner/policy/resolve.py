@@ -30,6 +30,13 @@ DEFAULT_SHARE = 1.0
 _SHARE, _COUNT = "max_gpu_equivalents", "max_mig_instances"
 _AGGREGATE = "aggregate."
 
+LIMIT_KEYS = (
+    *(key for key in canonical_names(Quantities) if key != "aggregate"),
+    "mounts",
+    *(_AGGREGATE + key for key in canonical_names(Aggregate)),
+)
+"""Every key of `Limits.values`, in the order in which documents show them."""
+
 
 @dataclass(frozen=True)
 class _Layer:
@@ -76,6 +83,7 @@ def resolve(
     _raise_swap(values)
     _clamp_cpus(values)
     values["mounts"] = _mounts(layers)
+    values = {key: values[key] for key in LIMIT_KEYS}
     return Limits(
         user=user,
         group=group,

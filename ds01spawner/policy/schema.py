@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, PlainValidator, WithJsonSchema, model_vali
 from ds01spawner.errors import Problem
 from ds01spawner.model import GpuAsk, GpuKind, Mount
 
-from .fields import EMPTY_LIST, EMPTY_MAP, Anything, Cores, Flag, Name, Section, Size, Text, setting
+from .fields import EMPTY_LIST, EMPTY_MAP, Anything, Cores, Flag, Kind, Name, Section, Size, Text, setting
 from .grants import Grant
 from .layers import ContainerType, Group, Layer, Lifecycle, Names, Override
 from .mounts import MountList
@@ -80,7 +80,10 @@ def _mig_profile(value: object) -> str | None:
 
 
 MigProfile = Annotated[
-    str | None, PlainValidator(_mig_profile), WithJsonSchema({"type": ["string", "null"], "examples": ["1g.5gb"]})
+    str | None,
+    PlainValidator(_mig_profile),
+    WithJsonSchema({"type": ["string", "null"], "examples": ["1g.5gb"]}),
+    Kind("MIG profile"),
 ]
 
 
@@ -91,7 +94,9 @@ def _units(value: object) -> int:
     return count
 
 
-Units = Annotated[int, PlainValidator(_units), WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 64})]
+Units = Annotated[
+    int, PlainValidator(_units), WithJsonSchema({"type": "integer", "minimum": 0, "maximum": 64}), Kind("0 to 64")
+]
 
 
 class SizeGpu(Section):
@@ -167,10 +172,15 @@ Environment = Annotated[
     dict[str, str],
     PlainValidator(_environment),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": ["string", "number", "boolean"]}}),
+    Kind("names and texts"),
 ]
 
 
-Texts = Annotated[tuple[Text, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value or [])]
+Texts = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value or []),
+    Kind("list of texts"),
+]
 
 
 class Profile(Section):
@@ -184,7 +194,7 @@ class Profile(Section):
     description: Text = setting("One sentence in plain words.", default="")
     image: Text | None = setting("Image reference.")
     framework: Text | None = setting("Framework of the AIME catalogue, such as Pytorch, instead of image.")
-    version: Text | None = setting("Its version (2.8 also means 2.8.0); absent: the newest for this box.")
+    version: Text | None = setting("Its version as the catalogue writes it; absent: the newest for this box.")
     images: Texts = setting("Further images that users may choose: references, patterns with *, digests.", default=())
     default: Flag = setting("Preselected on the form.", default=False)
     groups: Names | None = setting("Groups that are offered it; absent: everybody.")
@@ -248,7 +258,7 @@ def _pattern(value: object) -> str:
     return text
 
 
-Pattern = Annotated[str, PlainValidator(_pattern), WithJsonSchema({"type": "string", "minLength": 1})]
+Pattern = Annotated[str, PlainValidator(_pattern), WithJsonSchema({"type": "string", "minLength": 1}), Kind("pattern")]
 
 
 class ExternalRule(Section):
