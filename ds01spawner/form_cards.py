@@ -16,6 +16,7 @@ from .admission_words import amount
 from .errors import Code, Refusal
 from .form_choice import size_key
 from .form_words import badge_text, cores_text, gpu_text, plain_title, reason_text, size_text, wait_text
+from .gpu.placement import in_pool
 from .model import Admission, GpuAsk, GpuKind, Holding, Limits, Request, Resources, Snapshot, State, Unit, Usage
 from .policy.schema import Profile, ProfileSize
 
@@ -46,7 +47,8 @@ class Card:
 
     Attributes:
         value: `profile/size`, what the radio button sends.
-        title, tagline: plain words. gives: short texts such as "8 cores". details: for the disclosure.
+        title, tagline: plain words. gives: GPU, CPU and memory in a few words. takes: from whose quota, or "".
+        details: the exact values, for the disclosure.
         meter: free units; None without a GPU or when the machine's state is unknown.
         available: it can start now; reason and when say why not and until when (plain text, may be "").
         badge: the same in three words, or how many units are free.
@@ -59,7 +61,8 @@ class Card:
     size: str
     title: str
     tagline: str
-    gives: tuple[str, ...]
+    gives: tuple[Fact, ...]
+    takes: str
     details: tuple[Fact, ...]
     available: bool
     badge: str
@@ -103,6 +106,11 @@ class Scene:
             return refusal
 
     @property
+    def pool(self) -> tuple[str, ...] | None:
+        """Names of the GPUs that the user may be given; None = all."""
+        return self.limits["gpu_pool"] if "gpu_pool" in self.limits.values else None
+
+    @property
     def idle(self) -> Snapshot:
         """The same machine, seen just now, with nobody from outside on it."""
         return replace(self.snapshot, at=self.now, external=())
@@ -118,12 +126,12 @@ def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | No
     answer: Admission | Refusal = scene.ask(profile, size, reference)
     if missing:
         answer = Refusal(Code.IMAGE_MISSING, missing)
+    code = answer.code if isinstance(answer, Refusal) else None
     resources = bare.resources if isinstance(bare, Admission) else None
     units = _units_that_do(scene, profile, size, reference)
     granted = next((a.units for a in (answer, ever) if isinstance(a, Admission)), ())
     title, _, tagline = (size.title or plain_title(size.gpu.ask(), granted)).partition(": ")
     key = size_key(profile, size)
-    code = answer.code if isinstance(answer, Refusal) else None
     meter = _meter(scene, units) if _wants_gpu(size) and not scene.snapshot.stale(scene.now) else None
     return Card(
         value=f"{profile.name}/{key}",
@@ -132,9 +140,10 @@ def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | No
         title=title,
         tagline=size.description or tagline,
         gives=_gives(resources, size, granted),
+        takes=_takes(scene.limits, granted),
         details=(
             *_details(scene, resources, size, granted, units, image),
-            *([Fact("Why not now", answer.message)] if isinstance(answer, Refusal) else []),
+            *([Fact("Why not now", answer.message)] if isinstance(answer, Refusal) and code is Code.NO_GPU else []),
         ),
         available=code is None,
         badge=badge_text(code, meter and meter.free, meter and meter.total),
@@ -155,14 +164,18 @@ def _wants_gpu(size: ProfileSize) -> bool:
 def _units_that_do(scene: Scene, profile: Profile, size: ProfileSize, image: str) -> tuple[Unit, ...]:
     """The healthy units of the machine that admission would take for this card, free or not.
 
-    Units that look alike are tried together: the machine is shown to admission with only these in it.
+    Units that look alike are tried together: the machine is shown to admission with only these in it. For several
+    GPUs all whole ones are alike, because a set may mix models.
     """
     if not _wants_gpu(size):
         return ()
+    several = size.gpu.ask().count > 1
     alike: dict[tuple[str, str | None, int], list[Unit]] = {}
-    for unit in scene.snapshot.inventory.units:
-        if unit.problem is None:
-            alike.setdefault((unit.model, unit.mig_profile, unit.memory_bytes), []).append(unit)
+    for gpu in scene.snapshot.inventory.gpus:
+        for unit in gpu.units:
+            if unit.problem is None and gpu.problem is None and in_pool(gpu, unit, scene.pool):
+                kind = ("", None, 0) if several and unit.whole else (unit.model, unit.mig_profile, unit.memory_bytes)
+                alike.setdefault(kind, []).append(unit)
     found: list[Unit] = []
     for units in alike.values():
         only = _with_units(scene.idle, frozenset(unit.uuid for unit in units))
@@ -184,12 +197,23 @@ def _meter(scene: Scene, units: Sequence[Unit]) -> Meter:
     return Meter(free=sum(unit.uuid not in busy for unit in units), total=len(units))
 
 
-def _gives(resources: Resources | None, size: ProfileSize, granted: Sequence[Unit]) -> tuple[str, ...]:
+def _gives(resources: Resources | None, size: ProfileSize, granted: Sequence[Unit]) -> tuple[Fact, ...]:
     """What a card gives, in a few words each."""
-    texts = [gpu_text(size.gpu.ask(), granted)]
+    facts = [Fact("GPU", gpu_text(size.gpu.ask(), granted))]
     if resources is not None:
-        texts += [cores_text(resources.cpus), f"{size_text(resources.memory)} memory"]
-    return tuple(texts)
+        facts += [Fact("CPU", cores_text(resources.cpus)), Fact("Memory", size_text(resources.memory))]
+    return tuple(facts)
+
+
+def _takes(limits: Limits, granted: Sequence[Unit]) -> str:
+    """From whose quota the GPU comes: "Takes 0.14 of your 1 GPU (group students)"; "" without a GPU or a cap."""
+    shared, counted = limits.values.get("max_gpu_equivalents"), limits.values.get("max_mig_instances")
+    if granted and shared is not None and shared.value is not None:
+        share = sum(unit.share for unit in granted)
+        return f"Takes {amount(share)} of your {amount(shared.value)} GPU ({shared.source})"
+    if granted and counted is not None and counted.value is not None:
+        return f"Takes {len(granted)} of your {amount(counted.value)} GPU units ({counted.source})"
+    return ""
 
 
 def _details(

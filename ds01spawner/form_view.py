@@ -166,9 +166,9 @@ def quota_lines(limits: Limits, usage: Usage, user: str) -> tuple[Fact, ...]:
     own_running = usage.own is not None and usage.own.state in (State.RESERVED, State.ACTIVE)
     servers = usage.servers_of(user) + own_running
     for key, label, held in (
-        ("max_gpu_equivalents", "GPU", amount(share)),
-        ("max_mig_instances", "GPU units", str(units)),
-        ("max_containers_per_user", "Servers", str(servers)),
+        ("max_gpu_equivalents", "GPU in use", amount(share)),
+        ("max_mig_instances", "GPU units in use", str(units)),
+        ("max_containers_per_user", "Servers in use", str(servers)),
     ):
         if key in limits.values and limits[key] is not None:
             lines.append(Fact(label, f"{held} of {amount(float(limits[key]))}", limits.source(key)))
@@ -176,7 +176,7 @@ def quota_lines(limits: Limits, usage: Usage, user: str) -> tuple[Fact, ...]:
 
 
 def quota_sentence(lines: Sequence[Fact]) -> str:
-    """The same as one line for the home page: "GPU 0.5 of 1 · Servers 1 of 3"."""
+    """The same as one line for the home page: "GPU in use 0.5 of 1 · Servers in use 1 of 3"."""
     return " · ".join(f"{line.label} {line.value}" for line in lines)
 
 

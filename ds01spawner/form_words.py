@@ -24,10 +24,10 @@ def size_text(size: int | None) -> str:
 
 
 def cores_text(cores: float | None) -> str:
-    """Cores as people say them: "8 CPU cores", "half a core" is "0.5 CPU cores"."""
+    """Cores as people say them: "8 cores", "1 core", "0.5 cores"."""
     if cores is None:
-        return "all CPU cores"
-    return "1 CPU core" if cores == 1 else f"{amount(cores)} CPU cores"
+        return "all cores"
+    return "1 core" if cores == 1 else f"{amount(cores)} cores"
 
 
 def wait_text(seconds: float) -> str:
@@ -37,16 +37,14 @@ def wait_text(seconds: float) -> str:
 
 
 def gpu_text(ask: GpuAsk, granted: Sequence[Unit]) -> str:
-    """The GPU part in a few words: "1 slice of a GPU, 5 GB", "2 whole GPUs, 80 GB each", "no GPU"."""
+    """The GPU part in a few words: "5 GB slice", "40 GB, whole", "2 × 40 GB, whole", "none"."""
     if ask.count == 0:
-        return "no GPU"
+        return "none"
+    times = f"{ask.count} × " if ask.count > 1 else ""
     if not granted:
-        return {GpuKind.MIG: "slice of a GPU", GpuKind.FULL: _count("whole GPU", ask.count)}.get(
-            ask.kind, _count("GPU", ask.count)
-        )
+        return times + {GpuKind.MIG: "slice", GpuKind.FULL: "whole"}.get(ask.kind, "any")
     memory = _memory_text(min(granted, key=lambda unit: unit.memory_bytes))
-    thing = "whole GPU" if all(unit.whole for unit in granted) else "GPU slice"
-    return f"{_count(thing, len(granted))} with {memory}" + (" each" if len(granted) > 1 else "")
+    return f"{times}{memory}, whole" if all(unit.whole for unit in granted) else f"{times}{memory} slice"
 
 
 def _memory_text(unit: Unit) -> str:
@@ -55,14 +53,15 @@ def _memory_text(unit: Unit) -> str:
     return f"{named.memory_gb} GB" if named else f"{max(1, round(unit.memory_bytes / _GIB))} GB"
 
 
+def unit_words(unit: Unit) -> str:
+    """One unit for its holder: "a 5 GB slice of one A100-40GB", "one whole A100-40GB with 40 GB"."""
+    memory = _memory_text(unit)
+    return f"one whole {unit.model} with {memory}" if unit.whole else f"a {memory} slice of one {unit.model}"
+
+
 def plain_title(ask: GpuAsk, granted: Sequence[Unit]) -> str:
     """A title for a size that has none."""
-    text = gpu_text(ask, granted)
-    return text[:1].upper() + text[1:]
-
-
-def _count(thing: str, number: int) -> str:
-    return f"1 {thing}" if number == 1 else f"{number} {thing}s"
+    return "No GPU" if ask.count == 0 else f"GPU, {gpu_text(ask, granted)}"
 
 
 BADGES: Mapping[Code, str] = {
@@ -94,8 +93,9 @@ def reason_text(refusal: Refusal) -> str:
     facts = refusal.facts
     if facts.get("suitable", 0) < facts.get("asked", 1):
         return "This server has no such GPU at the moment."
+    total, free = facts["suitable"], facts.get("free", 0)
     parts = [
-        f"{facts[key]} {text}"
+        (facts[key], text)
         for key, text in (
             ("leased", "held by servers, running or stopped a short while ago"),
             ("external", "used by something outside this service"),
@@ -103,4 +103,7 @@ def reason_text(refusal: Refusal) -> str:
         )
         if facts.get(key)
     ]
-    return f"Of {facts['suitable']} that would do: {', '.join(parts)}."
+    if not free and len(parts) == 1:
+        return f"{'It is' if total == 1 else f'All {total} are'} {parts[0][1]}."
+    start = f"Only {free} of {total} {'is' if free == 1 else 'are'} free" if free else f"All {total} are taken"
+    return f"{start}: {', '.join(f'{number} {text}' for number, text in parts)}."
