@@ -168,7 +168,7 @@ def _digest(context: Path, target: str, hub: str) -> str:
 
 def _exists(client: docker.APIClient, reference: str) -> bool:
     try:
-        client.inspect_image(reference)
+        client.inspect_image(reference)  # type: ignore[no-untyped-call]
     except ImageNotFound:
         return False
     return True
