@@ -1,0 +1,124 @@
+"""Progress of one start, readable by many pages and by those that open late (trap T19)."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a start: its word, the percentage at which it begins, and whether text may follow in place."""
+
+    name: str
+    percent: int
+
+
+QUOTA = Stage("quota", 5)
+GPU = Stage("GPU", 10)
+IMAGE = Stage("image", 15)
+QUEUE = Stage("queue", 55)
+CREATE = Stage("create", 60)
+START = Stage("start", 75)
+ANSWER = Stage("first answer", 85)
+READY = Stage("ready", 95)
+
+STAGES = (QUOTA, GPU, IMAGE, QUEUE, CREATE, START, ANSWER)
+"""Every stage in order; the pending page shows them as a list."""
+
+
+class ProgressLog:
+    """The events of one start. `add` may be called from any thread; readers get all events from the beginning."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._events: list[dict[str, Any]] = []
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def add(self, stage: Stage, message: str, *, fraction: float = 0.0) -> None:
+        """Tell that `stage` has come to `message`; `fraction` (0..1) is how much of the stage is done.
+
+        A message of the same stage replaces the bar's text, earlier events stay for late readers.
+        """
+        later = [s.percent for s in (*STAGES, READY) if s.percent > stage.percent]
+        width = (min(later) if later else 100) - stage.percent
+        event = {
+            "progress": int(stage.percent + width * min(max(fraction, 0.0), 1.0)),
+            "message": message,
+            "html_message": f'<span data-ds01-stage="{html.escape(stage.name)}">{html.escape(message)}</span>',
+        }
+        self._loop.call_soon_threadsafe(self._append, event)
+
+    def close(self) -> None:
+        """End every reader. Call on the event loop or from a thread."""
+        self._loop.call_soon_threadsafe(self._append, None)
+
+    def _append(self, event: dict[str, Any] | None) -> None:
+        if event is None:
+            self._closed = True
+        elif self._events and self._events[-1] == event:
+            return
+        else:
+            self._events.append(event)
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def read(self) -> AsyncIterator[dict[str, Any]]:
+        """All events, then new ones as they come, until the log is closed."""
+        index = 0
+        while True:
+            changed = self._changed
+            while index < len(self._events):
+                yield self._events[index]
+                index += 1
+            if self._closed:
+                return
+            await changed.wait()
+
+
+class StartQueue:
+    """At most `width` containers start at a time, first come first served; whoever waits knows the place.
+
+    Booting a Jupyter server is CPU-bound: 20 at once on two cores all take 30 s, five at a time are done in 25 s.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._running = 0
+        self._waiting: list[asyncio.Event] = []
+
+    async def enter(self, log: ProgressLog | None = None) -> None:
+        """Wait for a place; tell `log` how many are in front."""
+        if self._running < self._width and not self._waiting:
+            self._running += 1
+            return
+        turn = asyncio.Event()
+        self._waiting.append(turn)
+        told = None
+        try:
+            while not turn.is_set():
+                ahead = self._waiting.index(turn)
+                if log is not None and ahead != told:
+                    log.add(QUEUE, f"Many servers are starting now; yours is number {ahead + 1} in line.")
+                    told = ahead
+                try:
+                    await asyncio.wait_for(turn.wait(), timeout=1.0)
+                except (TimeoutError, asyncio.TimeoutError):
+                    continue
+        except BaseException:
+            if turn.is_set():
+                self.leave()
+            else:
+                self._waiting.remove(turn)
+            raise
+
+    def leave(self) -> None:
+        """Give the place to the next in line."""
+        if self._waiting:
+            self._waiting.pop(0).set()
+        else:
+            self._running -= 1
