@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from vectors_support import case_params, document, fixture_policy, fixture_time, noon, policy_of
 
 from ds01spawner.policy.fields import canonical_values
 from ds01spawner.policy.layers import Layer
 from ds01spawner.policy.load import LIMITS, policy_from_text
 from ds01spawner.policy.quantity import format_duration, parse_duration, parse_number, parse_size
 from ds01spawner.policy.resolve import resolve
-from tests.vectors_support import case_params, document, fixture_policy, fixture_time, noon, policy_of
 
 DOCUMENT = document()
 POLICY = fixture_policy(DOCUMENT)

@@ -42,6 +42,7 @@ def setting(
     default: Any = None,
     factory: Callable[[], Any] | None = None,
     built_in: Any = None,
+    absent: str = "",
     unit: str = "",
     alias_of: str = "",
     wins: bool = False,
@@ -52,12 +53,19 @@ def setting(
     Args:
         description: help text for documents and editors.
         default: the attribute's value where the key is absent. factory: makes it instead.
-        built_in: what holds if no layer sets the key, in base units.
+        built_in: what holds if no layer sets the key, in base units. absent: the same in words, where it depends.
         unit: base unit that `Limits` and `--json` give the value in.
         alias_of: the canonical key that this one is another spelling of. wins: it beats the canonical spelling.
         no_effect: why the key is accepted but does nothing.
     """
-    known = {"built_in": built_in, "unit": unit, "alias_of": alias_of, "wins": wins, "no_effect": no_effect}
+    known = {
+        "built_in": built_in,
+        "absent": absent,
+        "unit": unit,
+        "alias_of": alias_of,
+        "wins": wins,
+        "no_effect": no_effect,
+    }
     extra: dict[str, Any] = {"ds01": known}
     if alias_of or no_effect:
         extra["deprecated"] = not wins

@@ -54,11 +54,21 @@ _NO_RESERVATIONS = "reservations are not implemented"
 class Aggregate(Section):
     """What all containers of one user get together, enforced on the user's cgroup parent. systemd's syntax."""
 
-    cpu_quota: SystemdCores = setting("CPU of all containers together, in cores or percent of one.", unit="cores")
-    memory_max: SystemdSize = setting("Memory of all containers together; above it the kernel kills.", unit="bytes")
-    memory_high: SystemdSize = setting("Above this the kernel slows the user down (cgroup v2).", unit="bytes")
-    tasks_max: SystemdCount = setting("Processes and threads of all containers together.", unit="tasks")
-    gpu_limit: Share = setting("Summed GPU share of all containers, besides max_gpu_equivalents.", unit="share")
+    cpu_quota: SystemdCores = setting(
+        "CPU of all containers together, in cores or percent of one.", absent="no limit", unit="cores"
+    )
+    memory_max: SystemdSize = setting(
+        "Memory of all containers together; above it the kernel kills.", absent="no limit", unit="bytes"
+    )
+    memory_high: SystemdSize = setting(
+        "Above this the kernel slows the user down (cgroup v2).", absent="no limit", unit="bytes"
+    )
+    tasks_max: SystemdCount = setting(
+        "Processes and threads of all containers together.", absent="no limit", unit="tasks"
+    )
+    gpu_limit: Share = setting(
+        "Summed GPU share of all containers, besides max_gpu_equivalents.", absent="no limit", unit="share"
+    )
 
 
 class Quantities(Section):
@@ -68,19 +78,23 @@ class Quantities(Section):
     cpus: Cores = setting("Older name of max_cpus.", alias_of="max_cpus")
     memory: Size = setting("Memory per container.", built_in=32 * GIB, unit="bytes")
     memory_swap: Size = setting(
-        "Memory and swap together per container; absent: as much as memory, so no swap. Raised with memory.",
+        "Memory and swap together per container; as much as memory means no swap. Raised with memory.",
+        absent="as memory",
         unit="bytes",
     )
     shm_size: Size = setting("Size of /dev/shm.", built_in=16 * GIB, unit="bytes")
     pids_limit: Count = setting("Processes and threads per container.", built_in=4096, unit="tasks")
     max_gpu_equivalents: Share = setting(
         "Summed share of all GPU units that a user holds at once: a whole GPU is 1.0, a MIG instance "
-        "max(compute slices/total, memory slices/total). If neither this nor max_mig_instances is set: 1.0.",
+        "max(compute slices/total, memory slices/total).",
+        absent="1.0; no limit if max_mig_instances is set",
         unit="share",
     )
     max_gpu_slots: Share = setting("Older name of max_gpu_equivalents.", alias_of="max_gpu_equivalents")
     max_gpus_per_user: Share = setting("Older name of max_gpu_equivalents.", alias_of="max_gpu_equivalents")
-    max_mig_instances: Count = setting("Number of GPU units (whole or MIG) that a user holds at once.", unit="units")
+    max_mig_instances: Count = setting(
+        "Number of GPU units (whole or MIG) that a user holds at once.", absent="no limit", unit="units"
+    )
     max_gpu_slots_per_container: Count = setting("GPU units per container.", built_in=1, unit="units")
     max_gpus_per_container: Count = setting(
         "Older name of max_gpu_slots_per_container.", alias_of="max_gpu_slots_per_container"
@@ -88,20 +102,26 @@ class Quantities(Section):
     max_mig_per_container: Count = setting(
         "Older name of max_gpu_slots_per_container.", alias_of="max_gpu_slots_per_container"
     )
-    allow_full_gpu: Flag = setting(
-        "Whole GPUs may be asked for. If no layer says so: yes on a box without MIG units, no on one with them."
-    )
+    allow_full_gpu: Flag = setting("Whole GPUs may be asked for.", absent="true on a box without MIG units, else false")
     max_containers_per_user: Count = setting(
         "Servers that run at the same time; stopped ones do not count.", built_in=3, unit="servers"
     )
-    max_runtime: Duration = setting("Longest run of a server, counted from its first start.", unit="seconds")
+    max_runtime: Duration = setting(
+        "Longest run of a server, counted from its first start.", absent="no limit", unit="seconds"
+    )
     max_runtime_h: Hours = setting("max_runtime in hours.", alias_of="max_runtime", wins=True)
-    idle_timeout: Duration = setting("A server that does nothing for this long is stopped.", unit="seconds")
+    idle_timeout: Duration = setting(
+        "A server that does nothing for this long is stopped.", absent="no limit", unit="seconds"
+    )
     idle_timeout_h: Hours = setting("idle_timeout in hours.", alias_of="idle_timeout", wins=True)
-    gpu_idle_timeout: Duration = setting("A GPU that does nothing for this long is taken back.", unit="seconds")
+    gpu_idle_timeout: Duration = setting(
+        "A GPU that does nothing for this long is taken back.", absent="no limit", unit="seconds"
+    )
     gpu_idle_timeout_h: Hours = setting("gpu_idle_timeout in hours.", alias_of="gpu_idle_timeout", wins=True)
     unknown_gpu_idle_timeout: Duration = setting(
-        "The same where GPU activity cannot be measured (MIG without DCGM); null = never.", unit="seconds"
+        "The same where GPU activity cannot be measured (MIG without DCGM); null = never.",
+        absent="never",
+        unit="seconds",
     )
     unknown_gpu_idle_timeout_h: Hours = setting(
         "unknown_gpu_idle_timeout in hours.", alias_of="unknown_gpu_idle_timeout", wins=True
@@ -111,14 +131,16 @@ class Quantities(Section):
     )
     gpu_hold_after_stop_h: Hours = setting("gpu_hold_after_stop in hours.", alias_of="gpu_hold_after_stop", wins=True)
     container_hold_after_stop: Duration = setting(
-        "A stopped container is removed after this long (the files stay); null = never.", unit="seconds"
+        "A stopped container is removed after this long (the files stay); null = never.", absent="never", unit="seconds"
     )
     container_hold_after_stop_h: Hours = setting(
         "container_hold_after_stop in hours.", alias_of="container_hold_after_stop", wins=True
     )
-    max_container_disk: Size = setting("What a container may write outside its mounts.", unit="bytes")
+    max_container_disk: Size = setting(
+        "What a container may write outside its mounts.", absent="no limit", unit="bytes"
+    )
     priority: WholeNumber = setting("Decides which group counts, and who waits shorter. Higher is better.", built_in=10)
-    gpu_pool: Pool = setting("GPUs that may be given, by index, UUID or model name; null = all of them.")
+    gpu_pool: Pool = setting("GPUs that may be given, by index, UUID or model name; null = all of them.", absent="all")
     aggregate: Annotated[Aggregate, EMPTY_MAP] = setting(
         "Limits on all containers of a user together.", factory=Aggregate
     )
@@ -190,7 +212,7 @@ class Layer(Quantities):
 class GroupTotal(Section):
     """What all members of a group hold together."""
 
-    max_gpu_equivalents: Share = setting("Summed GPU share of the whole group.", unit="share")
+    max_gpu_equivalents: Share = setting("Summed GPU share of the whole group.", absent="no limit", unit="share")
     max_gpu_slots: Share = setting("Older name of max_gpu_equivalents.", alias_of="max_gpu_equivalents")
 
 
