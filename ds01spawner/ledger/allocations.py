@@ -19,12 +19,12 @@ from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, exc, insert, select, true, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, exc, insert, select, update
 
 from ds01spawner.errors import LedgerError, UnitTaken
 from ds01spawner.model import LIVE, Admission, Allocation, State, Unit, Usage
 
-from .holdings import live_allocation, one, usage_of
+from .holdings import by_id, live_allocation, one, usage_of
 from .operations import Operations
 from .part import SYSTEM
 from .records import Claim, checked_name, people_name, subject_of, tidy
@@ -34,6 +34,13 @@ RESTART_GRACE = timedelta(minutes=10)
 """A stop of up to this long does not restart the runtime clock: restarting must not outrun max_runtime."""
 
 _ANY_LIVE = frozenset(LIVE)
+
+# Statements of every start, made once (SQLAlchemy spends longer on building them than SQLite on running them).
+_INSERT, _GIVE, _LEASE = insert(allocations), insert(tokens), insert(leases)
+_UPDATE = update(allocations).where(allocations.c.id == bindparam("wanted_id"))
+_MOVE = update(leases).where(leases.c.allocation_id == bindparam("wanted_id"), live(leases))
+_TOKEN = select(meta.c.token)
+_NEXT_TOKEN = update(meta).values(token=meta.c.token + 1)
 
 
 class Allocations(Operations):
@@ -58,10 +65,10 @@ class Allocations(Operations):
         checked_name("user name", claim.user)
         checked_name("server name", claim.server_name, empty=True)
         with self._db.write() as connection:
-            before = live_allocation(connection, claim.user, claim.server_name)
+            usage = usage_of(connection, (claim.user, claim.server_name))
+            before = live_allocation(connection, claim.user, claim.server_name) if usage.own else None
             if before is not None:
                 self._refuse_if_busy(connection, before.id, allow_own_process=True)
-            usage = usage_of(connection, (claim.user, claim.server_name))
             admission = decide(usage)
             units = _distinct(admission.units)
             _refuse_taken(units, usage)
@@ -207,14 +214,14 @@ class Allocations(Operations):
     # ----------------------------------------------------------------- inside one transaction
 
     def _new_token(self, connection: Connection, allocation_id: int | None) -> int:
-        connection.execute(update(meta).values(token=meta.c.token + 1))
-        token = int(connection.scalar(select(meta.c.token)) or 0)
+        connection.execute(_NEXT_TOKEN)
+        token = int(connection.scalar(_TOKEN) or 0)
         if allocation_id is not None:
             self._give_token(connection, token, allocation_id)
         return token
 
     def _give_token(self, connection: Connection, token: int, allocation_id: int) -> None:
-        connection.execute(insert(tokens).values(token=token, allocation_id=allocation_id, given_at=self._now()))
+        connection.execute(_GIVE, {"token": token, "allocation_id": allocation_id, "given_at": self._now()})
 
     def _insert(self, connection: Connection, claim: Claim, admission: Admission) -> int:
         token = self._new_token(connection, None)
@@ -225,8 +232,7 @@ class Allocations(Operations):
             "image": admission.image,
             "created_at": self._now(),
         }
-        result = connection.execute(insert(allocations).values(values))
-        key = result.inserted_primary_key
+        key = connection.execute(_INSERT, values).inserted_primary_key
         if key is None:
             raise LedgerError("The ledger's database did not give a new row its number.")
         self._give_token(connection, token, int(key[0]))
@@ -235,7 +241,7 @@ class Allocations(Operations):
     def _reuse(self, connection: Connection, before: Allocation, claim: Claim, admission: Admission) -> int:
         # A start that died between renew_token and bind left a token that no container carries.
         values = _asked(claim, admission) | {"token": _settled_token(before)}
-        connection.execute(update(allocations).where(allocations.c.id == before.id).values(values))
+        connection.execute(_UPDATE, {"wanted_id": before.id, **values})
         return before.id
 
     def _lease(
@@ -266,7 +272,7 @@ class Allocations(Operations):
         if not rows:
             return
         try:
-            connection.execute(insert(leases), rows)
+            connection.execute(_LEASE, rows)
         except exc.IntegrityError as error:
             raise UnitTaken(
                 "One of the chosen GPU units was given to another server. Please try again.",
@@ -274,13 +280,11 @@ class Allocations(Operations):
             ) from error
 
     def _move_leases(self, connection: Connection, allocation_id: int, state: State) -> None:
-        mine = and_(leases.c.allocation_id == allocation_id, live(leases))
-        connection.execute(update(leases).where(mine).values(state=state.value, wanted=true()))
+        connection.execute(_MOVE, {"wanted_id": allocation_id, "state": state.value, "wanted": True})
 
     def _release_leases(self, connection: Connection, allocation_id: int, *only: ColumnElement[bool]) -> None:
-        mine = and_(leases.c.allocation_id == allocation_id, live(leases), *only)
-        values = {"state": State.RELEASED.value, "released_at": self._now()}
-        connection.execute(update(leases).where(mine).values(values))
+        values = {"wanted_id": allocation_id, "state": State.RELEASED.value, "released_at": self._now()}
+        connection.execute(_MOVE.where(*only) if only else _MOVE, values)
 
     def _release(self, connection: Connection, before: Allocation, action: str, reason: str, actor: str) -> Allocation:
         now = self._now()
@@ -299,7 +303,7 @@ class Allocations(Operations):
         actor: str,
         values: Mapping[str, Any],
     ) -> Allocation:
-        connection.execute(update(allocations).where(allocations.c.id == before.id).values(values))
+        connection.execute(_UPDATE, {"wanted_id": before.id, **values})
         after = _must(connection, before.id)
         self._note_change(connection, actor, action, reason, before, after)
         return after
@@ -332,7 +336,7 @@ class Allocations(Operations):
 
 
 def _must(connection: Connection, allocation_id: int) -> Allocation:
-    found = one(connection, allocations.c.id == allocation_id)
+    found = by_id(connection, allocation_id)
     if found is None:
         raise LedgerError(f"There is no allocation {allocation_id}.")
     return found

@@ -324,8 +324,10 @@ def _begin_sqlite(connection: Connection) -> None:
     if how is None:
         connection.exec_driver_sql("BEGIN")
         return
-    # FULL: a committed lease survives a power cut. Set each time, because the pool hands connections on.
-    connection.exec_driver_sql("PRAGMA synchronous = FULL" if how == _WRITE else "PRAGMA synchronous = NORMAL")
+    if connection.info.get("ds01") != how:  # the pool hands connections on as they are
+        # FULL: a committed lease survives a power cut.
+        connection.exec_driver_sql("PRAGMA synchronous = FULL" if how == _WRITE else "PRAGMA synchronous = NORMAL")
+        connection.info["ds01"] = how
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 

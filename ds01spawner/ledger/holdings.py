@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, RowMapping, Select, and_, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, select
 
 from ds01spawner.model import Allocation, Holding, Lease, State, Usage
 
@@ -44,7 +44,7 @@ class Holdings(Part):
     def get(self, allocation_id: int) -> Allocation | None:
         """The allocation of that id, live or released; leases are the live ones. None if there never was one."""
         with self._db.read() as connection:
-            return one(connection, allocations.c.id == allocation_id)
+            return by_id(connection, allocation_id)
 
     def by_container(self, container_id: str) -> Allocation | None:
         """The live allocation bound to a Docker container id, else the newest released one that was, else None."""
@@ -64,29 +64,33 @@ class Holdings(Part):
 
 
 _live_allocation = live(allocations)
+_STATE = {state.value: state for state in State}
+
+# Statements of every start, made once. Ordered in Python: the database would walk through all of history for it.
+_LIVE_UNITS = select(leases.c.allocation_id, leases.c.unit_uuid, leases.c.share).where(live(leases))
+_LIVE_HEADS = select(
+    *(allocations.c[name] for name in ("id", "owner", "group_name", "server_name", "state", "created_at", "held_until"))
+).where(_live_allocation)
+_BY_ID = select(allocations).where(allocations.c.id == bindparam("wanted_id"))
+_BY_SERVER = select(allocations.c.id).where(
+    allocations.c.owner == bindparam("wanted_owner"),
+    allocations.c.server_name == bindparam("wanted_server"),
+    _live_allocation,
+)
+_LEASES_BY_ID = (
+    select(leases).where(leases.c.allocation_id == bindparam("wanted_id"), live(leases)).order_by(leases.c.id)
+)
 
 
 def usage_of(connection: Connection, own: tuple[str, str] | None) -> Usage:
     """Usage inside the caller's transaction; `own` (user, server name) is set apart."""
-    a, u = allocations.c, leases.c
-    query = (
-        select(a.id, a.owner, a.group_name, a.server_name, a.state, a.created_at, a.held_until, u.unit_uuid, u.share)
-        .select_from(allocations.outerjoin(leases, and_(u.allocation_id == a.id, live(leases))))
-        .where(_live_allocation)
-        .order_by(a.id, u.id)
-    )
-    heads: dict[int, Any] = {}
     units: dict[int, dict[str, float]] = {}
-    for row in connection.execute(query):
-        number, uuid, share = row[0], row[7], row[8]
-        heads.setdefault(number, row)
-        held = units.setdefault(number, {})
-        if uuid is not None:
-            held[uuid] = share
+    for number, uuid, share in connection.execute(_LIVE_UNITS).all():
+        units.setdefault(number, {})[uuid] = share
     mine: Holding | None = None
     others: list[Holding] = []
-    for number, (_id, owner, group, server, state, since, until, *_lease) in heads.items():
-        holding = Holding(owner, group, server, State(state), units[number], since, until)
+    for number, owner, group, server, state, since, until in sorted(map(tuple, connection.execute(_LIVE_HEADS))):
+        holding = Holding(owner, group, server, _STATE[state], units.get(number, {}), since, until)
         if own == (owner, server):
             mine = holding
         else:
@@ -96,8 +100,17 @@ def usage_of(connection: Connection, own: tuple[str, str] | None) -> Usage:
 
 def live_allocation(connection: Connection, user: str, server_name: str) -> Allocation | None:
     """The live allocation of one server inside the caller's transaction."""
-    mine = and_(allocations.c.owner == user, allocations.c.server_name == server_name, _live_allocation)
-    return one(connection, mine)
+    number = connection.scalar(_BY_SERVER, {"wanted_owner": user, "wanted_server": server_name})
+    return None if number is None else by_id(connection, number)
+
+
+def by_id(connection: Connection, allocation_id: int) -> Allocation | None:
+    """The allocation of that id, live or released, inside the caller's transaction."""
+    wanted = {"wanted_id": allocation_id}
+    row = connection.execute(_BY_ID, wanted).mappings().first()
+    if row is None:
+        return None
+    return _allocation(row, map(_lease, connection.execute(_LEASES_BY_ID, wanted).mappings()))
 
 
 def one(connection: Connection, condition: ColumnElement[bool]) -> Allocation | None:

@@ -12,6 +12,8 @@ from .database import Database
 from .records import tidy
 from .tables import audit
 
+_INSERT = insert(audit)
+
 SYSTEM = "system"
 """Actor of a change that nobody in particular asked for."""
 
@@ -38,15 +40,14 @@ class Part:
         allocation_id: int | None = None,
     ) -> None:
         """Write one audit row inside the caller's transaction, so that no change goes without it."""
-        connection.execute(
-            insert(audit).values(
-                at=self._now(),
-                actor=tidy(actor, 600),
-                action=tidy(action, 100),
-                subject=tidy(subject, 600),
-                reason=tidy(reason),
-                before=before,
-                after=after,
-                allocation_id=allocation_id,
-            )
-        )
+        row = {
+            "at": self._now(),
+            "actor": tidy(actor, 600),
+            "action": tidy(action, 100),
+            "subject": tidy(subject, 600),
+            "reason": tidy(reason),
+            "before": before,
+            "after": after,
+            "allocation_id": allocation_id,
+        }
+        connection.execute(_INSERT, row)
