@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import admission
@@ -35,6 +36,9 @@ from .runtime import Runtime, require_isolation
 from .welcome import welcome_notebook
 
 Report = Callable[..., None]
+
+SNAPSHOT_PATIENCE_S = 8.0
+"""How long a GPU request waits for the watcher's next snapshot before it is refused as `inventory_stale`."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,10 @@ class Launch:
         profile, size = choose(request, scene.profiles)
         default = profile_image(profile, runtime.newest_image(scene.snapshot))
         self._image = choose_image(request, profile, default, scene.saved)
-        self._scene, self._profile, self._size, self._request = scene, profile, size, request
         if (request.gpu or size.gpu.ask()).count:
             self._report(GPU, "Choosing a GPU")
+            scene = replace(scene, snapshot=self._fresh_snapshot(scene.snapshot))
+        self._scene, self._profile, self._request = scene, profile, request
 
         def decide(held: Usage) -> Admission:
             usage[:] = [held]
@@ -170,6 +175,16 @@ class Launch:
         for note in self._admission.notes:
             self._report(GPU, note)
         return self._admission
+
+    def _fresh_snapshot(self, snapshot: Snapshot | None) -> Snapshot | None:
+        """A fresh picture of the GPUs, waiting a little for it: a Hub that just started has its watcher starting."""
+        deadline = time.monotonic() + SNAPSHOT_PATIENCE_S
+        while (snapshot is None or snapshot.stale(self._runtime.now())) and time.monotonic() < deadline:
+            self._report(GPU, "Waiting for news of the GPUs")
+            time.sleep(0.5)
+            self._check()
+            snapshot = self._runtime.ledger.read_snapshot()
+        return snapshot
 
     def _record(
         self,
