@@ -24,8 +24,8 @@ from .containers.host import populate_welcome, prepare_home, prepare_workspace, 
 from .containers.spec import ContainerSpec, Reuse, api_token, decide_reuse
 from .errors import Code, Ds01Error, EngineError, HostError, Refusal
 from .form import SpawnRequest, choose
-from .images import SavedImage, choose_image, profile_image
-from .keep import keep_changes, saved_images
+from .images import ImageChoice, SavedImage, choose_image, profile_image
+from .keep import forget_missing, keep_changes, saved_images
 from .ledger.records import Claim, RequestRecord
 from .model import Admission, Allocation, Limits, Snapshot, Usage
 from .policy.quantity import format_size
@@ -222,14 +222,19 @@ class Launch:
             EngineError: image_missing or Docker away.
         """
         self._check()
-        engine, source = self._runtime.engine, self._image.source
-        facts = engine.image_facts(source)
+        engine, saved = self._runtime.engine, self._image.saved
+        facts = engine.image_facts(self._image.source)
+        if facts is None and saved is not None:
+            self._report(IMAGE, f"{saved.ref}, which you had saved, is gone; starting from {self._image.base}")
+            forget_missing(self._runtime, saved)
+            self._image = ImageChoice(self._image.base, self._image.base)
+            facts = engine.image_facts(self._image.base)
         if facts is None:
-            self._report(IMAGE, f"Fetching {source}")
-            facts = engine.pull(source, self._pulled)
+            self._report(IMAGE, f"Fetching {self._image.source}")
+            facts = engine.pull(self._image.source, self._pulled)
             self._check()
         self._facts = facts
-        base = facts if source == self._image.base else engine.image_facts(self._image.base)
+        base = facts if self._image.saved is None else engine.image_facts(self._image.base)
         # The base may have been pruned since: a saved image goes on without it.
         self._base_id = base.id if base else ""
         self._report(IMAGE, f"Image {self._image.base} is here", fraction=1.0)
