@@ -123,6 +123,7 @@ def _gpu(gpu: SimulatedGpu, at: int, uids: Sequence[str], nvlinks: Sequence[tupl
         compute_capability=geometry.compute_capability if geometry else None,
         links=links,
         problem=gpu.whole.problem,
+        minor=at,
     )
 
 
