@@ -34,4 +34,4 @@ c.Authenticator.admin_users = {"admin"}
 # The page; put TLS in front of it.
 c.JupyterHub.bind_url = "http://127.0.0.1:8000"
 c.JupyterHub.db_url = "sqlite:////var/lib/ds01/jupyterhub.sqlite"
-c.JupyterHub.cookie_secret_file = "/var/lib/ds01/jupyterhub_cookie_secret"
+c.JupyterHub.cookie_secret_file = "/var/lib/ds01/jupyterhub_cookie_secret"  # noqa: S105 - a path

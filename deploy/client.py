@@ -24,6 +24,10 @@ SECONDS_PER_ANSWER = 30
 SECONDS_FOR_START = 180
 SECONDS_FOR_CELL = 60
 
+# What browsers add by themselves, and JupyterHub's XSRF checks go by.
+_NAVIGATE = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document", "Sec-Fetch-Site": "same-origin"}
+_FETCH = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty", "Sec-Fetch-Site": "same-origin"}
+
 
 class ClientFailed(Exception):
     """The Hub did not do what a person would expect; the message says at which step and what it answered."""
@@ -128,7 +132,7 @@ class Person:
         Raises:
             ClientFailed: no kernel, an error in the cell, or no answer in `SECONDS_FOR_CELL`.
         """
-        self._get(f"{self.server}api/status")  # the first visit: the Hub's OAuth round trip, by redirects
+        self._get(self.server)  # the first visit: the Hub's OAuth round trip, by redirects
         headers = self._xsrf(self.server)
         made = self.session.post(f"{self.server}api/kernels", headers=headers, json={}, timeout=SECONDS_PER_ANSWER)
         if made.status_code != 201:
@@ -171,7 +175,7 @@ class Person:
     # ------------------------------------------------------------------ cookies and XSRF
 
     def _get(self, url: str) -> requests.Response:
-        answer = self.session.get(url, timeout=SECONDS_PER_ANSWER)
+        answer = self.session.get(url, headers=_NAVIGATE, timeout=SECONDS_PER_ANSWER)
         if answer.status_code >= 400:
             raise ClientFailed(f"{self.name}: {url} answered {answer.status_code}: {text_of(answer.text)[:300]}")
         return answer
@@ -179,7 +183,10 @@ class Person:
     def _submit(self, page: requests.Response, action: str, fields: list[tuple[str, str]]) -> requests.Response:
         # The spawn form is multipart, the login form is not; the Hub reads both.
         return self.session.post(
-            urljoin(page.url, action), data=fields, headers={"Referer": page.url}, timeout=SECONDS_PER_ANSWER
+            urljoin(page.url, action),
+            data=fields,
+            headers={**_NAVIGATE, "Referer": page.url},
+            timeout=SECONDS_PER_ANSWER,
         )
 
     def _token_field(self, base: str) -> dict[str, str]:
@@ -191,7 +198,7 @@ class Person:
 
     def _xsrf(self, base: str) -> dict[str, str]:
         token = self._token_field(base).get("_xsrf")
-        return {"Referer": base} | ({"X-XSRFToken": token} if token else {})
+        return {**_FETCH, "Referer": base} | ({"X-XSRFToken": token} if token else {})
 
     def _cookies(self, base: str) -> str:
         prepared = requests.Request("GET", base, cookies=self.session.cookies).prepare()

@@ -266,6 +266,7 @@ def _build(client: docker.APIClient, recipe: Recipe, base: str) -> None:
     LOGS.mkdir(exist_ok=True)
     log = LOGS / "image-build.log"
     arguments = {"BASE_IMAGE": base, "JUPYTERHUB_VERSION": recipe.hub, **_passed_on()}
+    failed = ""
     with log.open("w") as lines:
         try:
             steps = client.build(
@@ -281,10 +282,11 @@ def _build(client: docker.APIClient, recipe: Recipe, base: str) -> None:
             )
             for step in cast("Iterator[dict[str, Any]]", steps):
                 lines.write(step.get("stream", ""))
-                if "error" in step:
-                    raise ImageFailed(f"{step['error']} {_tail(log, lines)}")
+                failed = failed or step.get("error", "")  # read on to the end: a half-read answer keeps its socket
         except APIError as error:
             raise ImageFailed(f"Docker refused the build: {error.explanation or error}") from error
+    if failed:
+        raise ImageFailed(f"{failed} {_tail(log)}")
 
 
 def _passed_on() -> dict[str, str]:
@@ -296,8 +298,7 @@ def _passed_on() -> dict[str, str]:
     return found
 
 
-def _tail(log: Path, lines: IO[str]) -> str:
-    lines.flush()
+def _tail(log: Path) -> str:
     last = log.read_text(errors="replace").splitlines()[-25:]
     return "\n".join([f"(whole log: {log})", *last])
 

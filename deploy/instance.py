@@ -24,7 +24,6 @@ from typing import Any, TextIO
 import docker
 import yaml
 from docker.errors import APIError, NotFound
-from sqlalchemy.exc import SQLAlchemyError
 
 from ds01spawner.containers import aime
 from ds01spawner.containers.cgroups import find_mounts
@@ -207,7 +206,8 @@ def remove(client: docker.APIClient, state: Path) -> None:
         shutil.rmtree(state, ignore_errors=True)
         return
     settings = plan.resolved()
-    instance = _instance_of(settings)
+    with _ledger(settings) as ledger:
+        instance = ledger.instance if ledger is not None else None
     if instance is not None:
         remove_containers(client, instance)
         remove_images(client, plan)
@@ -217,18 +217,27 @@ def remove(client: docker.APIClient, state: Path) -> None:
     shutil.rmtree(state, ignore_errors=True)
 
 
-def _instance_of(settings: Settings) -> str | None:
-    """The instance in the demo's ledger; None if there is none (the Hub never came up)."""
+@contextlib.contextmanager
+def _ledger(settings: Settings) -> Iterator[Ledger | None]:
+    """The demo's ledger; None if there is none yet (the Hub never came so far) or it cannot be read."""
     if not (settings.state_dir / "ledger.sqlite").exists():
-        return None
+        yield None
+        return
     try:
         ledger = Ledger.open(settings.url)
-    except (Ds01Error, SQLAlchemyError, OSError):
-        return None
+    except (Ds01Error, OSError):
+        yield None
+        return
     try:
-        return ledger.instance
+        yield ledger
     finally:
         ledger.close()
+
+
+def box_is_known(plan: Plan) -> bool:
+    """True once the watcher has told what the box is: before that nobody could get a GPU."""
+    with _ledger(plan.resolved()) as ledger:
+        return ledger is not None and ledger.read_snapshot() is not None
 
 
 def end_processes(state: Path) -> None:

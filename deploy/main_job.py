@@ -19,15 +19,15 @@ from ds01spawner.containers.network import network_name
 from ds01spawner.ledger.store import Ledger
 from ds01spawner.model import Allocation, Inventory
 from ds01spawner.policy.load import read_policy
-from ds01spawner.policy.resolve import resolve
+from ds01spawner.policy.resolve import offered_profiles, resolve
 from ds01spawner.policy.schema import Policy, Profile
 
 from .check import Expected, Row, Seen, cell, compare, parse_cell
 from .client import ClientFailed, Person
 from .instance import Plan
 
-USERS: Mapping[str, str] = {"student1": "", "researcher1": "whole"}
-"""Who starts what: the key of a profile, or "" for the card that the form preselects."""
+USERS: Mapping[str, str] = {"student1": "small", "researcher1": "whole"}
+"""Who starts which profile; on a box that has no such units, what the form preselects."""
 
 OTHER, HOST, HUB = "another user's server", "another port of the host", "the Hub"
 
@@ -78,16 +78,19 @@ class MainJob:
         for person in people:
             self.say(f"{person.name} logs in through the form")
             person.log_in()
+        rows: dict[str, list[Row]] = {
+            "the forms": [row for person in people for row in self._form_rows(person, ledger)]
+        }
         profiles = {person.name: self._profile_for(person) for person in people}
         self.say("both start: " + ", ".join(f"{name} {profile.title}" for name, profile in profiles.items()))
         with ThreadPoolExecutor(len(people)) as pool:
             list(pool.map(lambda person: self._start(person, profiles[person.name]), people))
         started = [self._started(engine, ledger, person, profiles[person.name]) for person in people]
         self.say("each runs a cell through the kernel API")
-        rows = self._look(engine, ledger, started)
-        for person in people:
-            self.say(f"{person.name} stops")
-            person.stop()
+        rows |= self._look(engine, ledger, started)
+        self.say("both stop")
+        with ThreadPoolExecutor(len(people)) as pool:
+            list(pool.map(Person.stop, people))
         rows["after the stop"] = self._stopped(engine, ledger, started)
         for title, found in rows.items():
             self._print(title, found)
@@ -100,6 +103,23 @@ class MainJob:
         if loaded.policy is None:
             raise CheckFailed("the demo's policy is not valid: " + "; ".join(map(str, loaded.problems)))
         return loaded.policy
+
+    def _form_rows(self, person: Person, ledger: Ledger) -> list[Row]:
+        """The form offers what the policy does, with the policy's default in front."""
+        snapshot = ledger.read_snapshot()
+        has_mig = snapshot is not None and snapshot.inventory.has_mig
+        limits = resolve(self.policy, person.name, at=datetime.now(timezone.utc), has_mig=has_mig)
+        offered = sorted(profile.name for profile in offered_profiles(self.policy, limits))
+        _, form = person.spawn_form()
+        values = [*form.choices.get("choice", ()), *form.disabled.get("choice", ())]
+        shown = sorted({value.partition("/")[0] for value in values})
+        wanted = self.policy.profile(None)
+        default = f"{wanted.name}/{wanted.default_size}" if wanted else "nothing"
+        preselected = dict(form.fields).get("choice", "nothing")
+        return [
+            Row(f"{person.name} is offered", ", ".join(offered), ", ".join(shown), offered == shown),
+            Row(f"{person.name}: preselected", default, preselected, default == preselected),
+        ]
 
     def _profile_for(self, person: Person) -> Profile:
         """The wanted profile if this box has it, else what the form preselects."""
