@@ -32,7 +32,8 @@ class Mounts:
 
     Attributes:
         version: 1 or 2.
-        trees: folder by controller name (version 1), or the one folder under the key "" (version 2).
+        trees: folder by controller name (version 1; all that are mounted, `unified` for the tree of version 2 beside
+            them), or the one folder under the key "" (version 2).
     """
 
     version: int
@@ -74,13 +75,13 @@ def find_mounts(version: int, mountinfo: Path = Path("/proc/self/mountinfo")) ->
         if root != "/":
             continue
         folder = Path(_ESCAPE.sub(lambda match: chr(int(match[1], 8)), point))
-        if version == 2 and kind == "cgroup2":
-            trees.setdefault("", folder)
-        elif version == 1 and kind == "cgroup":
-            for name in (*CONTROLLERS, "cpuacct"):
-                if name in options.split(","):
+        if kind == "cgroup2":
+            trees.setdefault("" if version == 2 else "unified", folder)
+        elif kind == "cgroup" and version == 1:
+            for name in options.split(","):
+                if name not in ("rw", "ro"):
                     trees.setdefault(name, folder)
-    if not trees:
+    if not trees.keys() - {"unified"}:
         raise HostError(
             f"No cgroup version {version} tree is mounted, though Docker uses it. Run this on the Docker host itself, "
             "with the host's /sys/fs/cgroup.",
@@ -128,7 +129,7 @@ def paths_of_pid(pid: int, mounts: Mounts, proc: Path = Path("/proc")) -> dict[s
         number, names, path = line.split(":", 2)
         if mounts.version == 2 and number == "0":
             found.update(dict.fromkeys((*CONTROLLERS, "cpuacct"), path))
-        elif mounts.version == 1:
+        elif mounts.version == 1 and number != "0":
             found.update(dict.fromkeys(names.split(","), path))
     return found
 
@@ -190,7 +191,7 @@ def _read_v2(folder: Path, paths: Mapping[str, str]) -> CgroupFacts:
 
 def in_use(path: str, mounts: Mounts) -> bool:
     """True if the cgroup `path` holds processes or other cgroups in any tree."""
-    folders = {mounts.folder(name, path) for name in (mounts.trees if mounts.version == 1 else ("",))}
+    folders = {mounts.folder(name, path) for name in mounts.trees}
     return any(
         folder.is_dir() and (any(item.is_dir() for item in folder.iterdir()) or _text(folder / "cgroup.procs"))
         for folder in folders

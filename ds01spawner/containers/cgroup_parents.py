@@ -177,7 +177,7 @@ def in_turn(*steps: Callable[[], Sequence[str]]) -> tuple[str, ...]:
     for step in steps:
         try:
             notes += step()
-        except HostError as error:  # noqa: PERF203 - going on after a failure is the purpose
+        except HostError as error:
             failures.append(error)
     if failures:
         failures[0].facts["failures"] = [failure.message for failure in failures]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,7 +33,7 @@ class CgroupfsParents(CgroupParents):
 
     def remove(self, group: str | None, user: str) -> bool:
         with self._lock:
-            removed = [self._remove_from(name, group, user) for name in self._trees()]
+            removed = [self._remove_from(name, group, user) for name in self.mounts.trees]
         return all(removed)
 
     def _remove_from(self, controller: str, group: str | None, user: str) -> bool:
@@ -51,15 +50,12 @@ class CgroupfsParents(CgroupParents):
             root.rmdir()
         return True
 
-    @abstractmethod
-    def _trees(self) -> tuple[str, ...]:
-        """The controllers whose trees hold a folder of ours."""
-
 
 class CgroupfsV1(CgroupfsParents):
     """Version 1: the same path in the trees of cpu, memory and pids."""
 
     def _trees(self) -> tuple[str, ...]:
+        """The trees that carry limits. Docker makes the same path in all others."""
         return tuple(name for name in CONTROLLERS if name in self.mounts.trees)
 
     def _create(self, group: str | None, user: str, wanted: Aggregate) -> None:
@@ -86,9 +82,6 @@ class CgroupfsV1(CgroupfsParents):
 
 class CgroupfsV2(CgroupfsParents):
     """Version 2: one tree, in which the controllers are switched on level by level."""
-
-    def _trees(self) -> tuple[str, ...]:
-        return ("",)
 
     def _create(self, group: str | None, user: str, wanted: Aggregate) -> None:
         above = self.mounts.folder("", "/")

@@ -141,7 +141,7 @@ class TestFolders:
             for _ in range(300):
                 try:
                     folder = prepare_workspace(parent, UID, GID, "a/b")
-                except HostError as error:  # noqa: PERF203
+                except HostError as error:
                     assert error.code is Code.STORAGE_REFUSED
                     outcomes["refused"] += 1
                 else:
