@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import grp
-import os
-import pwd
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, time, timezone
@@ -24,8 +21,8 @@ from ds01spawner.policy.load import Loaded, read_policy
 from ds01spawner.policy.quantity import format_duration, format_number, format_size
 from ds01spawner.policy.resolve import may_log_in, offered_profiles, resolve
 from ds01spawner.policy.schema import Policy
-from ds01spawner.settings import DEFAULT_STATE_DIR, SETTINGS_ENV, Settings, load_settings
 
+from .installation import installed_settings, policy_folder, unix_groups
 from .output import Ds01Group, console, emit, json_option
 
 _SECTIONS = (
@@ -81,7 +78,7 @@ def check(folder: Path | None, as_json: bool) -> None:
     FOLDER is by default that of the installation, else ./config. Nothing is changed. Exit code 31 if the files
     are not valid; warnings leave them valid.
     """
-    chosen = folder or _default_folder(_settings())
+    chosen = folder or policy_folder(installed_settings())
     loaded = read_policy(chosen)
     if as_json:
         emit(
@@ -120,14 +117,14 @@ def limits(
     installation says that Hub names are Unix accounts. JSON values are in base units (bytes, seconds, cores,
     shares), null is no limit.
     """
-    settings = _settings()
-    chosen = folder or _default_folder(settings)
+    settings = installed_settings()
+    chosen = folder or policy_folder(settings)
     loaded = read_policy(chosen)
     if loaded.policy is None:
         raise PolicyInvalid(loaded.problems)
     at = _moment(moment)
     has_mig, note = _has_mig(inventory or (settings.inventory if settings else "auto"))
-    unix = (*groups, *(_unix_groups(user) if settings and settings.unix_accounts else ()))
+    unix = (*groups, *(unix_groups(user) if settings and settings.unix_accounts else ()))
     found = resolve(loaded.policy, user, at=at, hub_groups=groups, unix_groups=unix, member_of=groups, has_mig=has_mig)
     admitted = bool(set(groups) & set(loaded.policy.groups)) or may_log_in(
         loaded.policy, user, hub_groups=groups, unix_groups=unix
@@ -295,21 +292,6 @@ def _problem_data(problem: Problem) -> dict[str, Any]:
 # --------------------------------------------------------------------------- what is asked of the machine
 
 
-def _settings() -> Settings | None:
-    """The installation's settings, or None where nothing is installed.
-
-    Raises:
-        SettingsInvalid: they are there, or named by the environment, and wrong.
-    """
-    if not os.environ.get(SETTINGS_ENV) and not (DEFAULT_STATE_DIR / "settings.json").exists():
-        return None
-    return load_settings()
-
-
-def _default_folder(settings: Settings | None) -> Path:
-    return settings.config_dir if settings is not None else Path("config")
-
-
 def _moment(text: str | None) -> datetime:
     """Now, or noon (UTC) of the day that was asked for."""
     if text is None:
@@ -327,18 +309,6 @@ def _has_mig(inventory: str) -> tuple[bool, str]:
             return source.read().has_mig, ""
     except Ds01Error as error:
         return False, f"the GPUs cannot be read, so no MIG units are assumed: {error.message}"
-
-
-def _unix_groups(user: str) -> Iterator[str]:
-    """Names of the Unix groups of an account of this host; none if there is no such account."""
-    try:
-        account = pwd.getpwnam(user)
-    except KeyError:
-        return
-    named = {group.gr_gid: group.gr_name for group in grp.getgrall()}
-    for gid in os.getgrouplist(user, account.pw_gid):
-        if gid in named:
-            yield named[gid]
 
 
 def _preview_notes(policy: Policy, groups: tuple[str, ...]) -> Iterator[str]:
