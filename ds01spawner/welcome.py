@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from .form_words import size_text, unit_words
 from .model import Unit
 
-NAME = "welcome.ipynb"
-
 _LOOK = """\
 import shutil, subprocess
 
@@ -36,7 +34,7 @@ def welcome_notebook(
     account: str,
     units: Sequence[Unit] = (),
     *,
-    server: str = "main",
+    server: str | None = None,
     cpus: float | None = None,
     memory: int | None = None,
 ) -> bytes:
@@ -44,7 +42,7 @@ def welcome_notebook(
 
     Args:
         account: the user's name in the container. units: what this first server got.
-        server: its name for people. cpus, memory: its limits in cores and bytes; None = not told.
+        server: its name for people. cpus, memory: its limits in cores and bytes. None = not told.
     """
     cells = [
         _markdown("hello", _hello(account, units, server, cpus, memory)),
@@ -67,14 +65,15 @@ def welcome_notebook(
     return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _hello(account: str, units: Sequence[Unit], server: str, cpus: float | None, memory: int | None) -> str:
+def _hello(account: str, units: Sequence[Unit], server: str | None, cpus: float | None, memory: int | None) -> str:
     gpu = " and ".join(unit_words(unit) for unit in units) or "no GPU"
     rows = [f"- GPU: {gpu}"]
     if cpus is not None:
         rows.append(f"- CPU: {cpus:g} cores")
     if memory is not None:
         rows.append(f"- Memory: {size_text(memory)}. A program that takes more is ended.")
-    return "\n".join([f"# Welcome, {_plain(account)}", f"This is your server **{_plain(server)}**. It has:", "", *rows])
+    what = f"your server **{_plain(server)}**" if server else "your server"
+    return "\n".join([f"# Welcome, {_plain(account)}", f"This is {what}. It has:", "", *rows])
 
 
 def _files() -> str:

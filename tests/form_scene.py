@@ -77,7 +77,11 @@ def limits(**values: Any) -> Limits:
         "mounts": (),
         **values,
     }
-    sources = {"memory": "user override", "max_gpu_equivalents": "group students", "max_containers_per_user": "defaults"}
+    sources = {
+        "memory": "user override",
+        "max_gpu_equivalents": "group students",
+        "max_containers_per_user": "defaults",
+    }
     found = {key: Limit(value, sources.get(key, "group students")) for key, value in known.items()}
     return Limits(user="ada", group="students", groups=("students",), values=found)
 

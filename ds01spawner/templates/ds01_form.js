@@ -98,8 +98,11 @@
       .finally(function () { busy = false; });
   }
 
-  root.addEventListener("change", function (event) {
-    if (event.target.name === "choice") { touched = true; sync(); }
+  /* Clicking the preselected card changes nothing, but it is a choice all the same. */
+  ["change", "click"].forEach(function (kind) {
+    root.addEventListener(kind, function (event) {
+      if (event.target.name === "choice") { touched = true; sync(); }
+    });
   });
   if (page.addEventListener) page.addEventListener("submit", function () { over = true; });
   window.addEventListener("pageshow", function (event) { if (event.persisted) window.location.reload(); });
