@@ -77,10 +77,11 @@ def check(
     Raises:
         Refusal: with facts in base units, and with alternatives that would be granted now.
     """
+    case = _Case(profile, image, limits, usage, snapshot, now)
     try:
-        return _decide(request, profile, size, image, limits, usage, snapshot, now)
+        return case.decide(request, size)
     except Refusal as refusal:
-        alternatives = _alternatives(request, profile, size, image, limits, usage, snapshot, now)
+        alternatives = case.alternatives(request, size)
         raise Refusal(refusal.code, refusal.message, facts=refusal.facts, alternatives=alternatives) from None
 
 
@@ -276,31 +277,73 @@ def _known_share(ask: GpuAsk, snapshot: Snapshot) -> float | None:
 # --------------------------------------------------------------------------- the whole request
 
 
-def _decide(
-    request: Request,
-    profile: Profile,
-    size: ProfileSize,
-    image: str,
-    limits: Limits,
-    usage: Usage,
-    snapshot: Snapshot | None,
-    now: datetime,
-) -> Admission:
-    ask = effective_ask(request.gpu, size)
-    units = choose_units(ask, limits, usage, snapshot, now)
-    most = _value(limits, "max_containers_per_user")
-    if most is not None and usage.servers_of(limits.user) + 1 > most:
-        raise words.too_many_servers(limits, usage)
-    resources, notes = _resources(request, size, limits)
-    return Admission(
-        request=request,
-        limits=limits,
-        image=image,
-        units=units,
-        resources=resources,
-        mounts=_mounts(limits, profile),
-        notes=(*words.unit_notes(ask, units, bool(_value(limits, "allow_full_gpu"))), *notes),
-    )
+@dataclass(frozen=True)
+class _Case:
+    """Everything of `check` that stays the same for the request and for what could be had instead."""
+
+    profile: Profile
+    image: str
+    limits: Limits
+    usage: Usage
+    snapshot: Snapshot | None
+    now: datetime
+
+    @property
+    def servers_left(self) -> bool:
+        """The user may start one more server."""
+        most = _value(self.limits, "max_containers_per_user")
+        return most is None or self.usage.servers_of(self.limits.user) + 1 <= most
+
+    def decide(self, request: Request, size: ProfileSize) -> Admission:
+        """The answer to one request, without alternatives in a refusal."""
+        ask = effective_ask(request.gpu, size)
+        units = choose_units(ask, self.limits, self.usage, self.snapshot, self.now)
+        if not self.servers_left:
+            raise words.too_many_servers(self.limits, self.usage)
+        resources, notes = _resources(request, size, self.limits)
+        return Admission(
+            request=request,
+            limits=self.limits,
+            image=self.image,
+            units=units,
+            resources=resources,
+            mounts=_mounts(self.limits, self.profile),
+            notes=(*words.unit_notes(ask, units, bool(_value(self.limits, "allow_full_gpu"))), *notes),
+        )
+
+    def alternatives(self, request: Request, size: ProfileSize) -> tuple[Alternative, ...]:
+        """What the same profile would give now: other units of this size, other sizes, and last no GPU at all."""
+        if not self.servers_left:
+            return ()
+        keys = {id(item): key for key, item in self.profile.sizes.items()}
+        tries: list[tuple[ProfileSize, GpuAsk | None]]
+        tries = [(size, ask) for ask in _smaller_asks(size, request.gpu, self.snapshot)]
+        tries += [(item, None) for item in self.profile.sizes.values() if item is not size]
+        if all(_wants_gpu(item, ask) for item, ask in tries):
+            tries.append((size, GpuAsk()))
+        found: dict[tuple[str, ...], Alternative] = {}
+        plain: list[Alternative] = []
+        for item, ask in tries:
+            key = keys.get(id(item), request.size or "")
+            granted = self._try(replace(request, size=key, gpu=ask, cpus=None, memory=None), item)
+            if granted is None:
+                continue
+            text = words.alternative(self.profile, key, item, ask, granted, self.usage, self.snapshot)
+            if granted.units:
+                found.setdefault((key, *(unit.mig_profile or "whole" for unit in granted.units)), text)
+            else:
+                plain.append(text)
+        return (*list(found.values())[: MAX_ALTERNATIVES - 1], *plain[:1])
+
+    def _try(self, request: Request, size: ProfileSize) -> Admission | None:
+        try:
+            return self.decide(request, size)
+        except Refusal:
+            return None
+
+
+def _wants_gpu(size: ProfileSize, ask: GpuAsk | None) -> bool:
+    return (size.gpu.ask() if ask is None else ask).count > 0
 
 
 def effective_ask(wanted: GpuAsk | None, size: ProfileSize) -> GpuAsk:
@@ -384,43 +427,8 @@ def _value(limits: Limits, key: str) -> Any:
 # --------------------------------------------------------------------------- what would be granted instead
 
 
-def _alternatives(
-    request: Request,
-    profile: Profile,
-    size: ProfileSize,
-    image: str,
-    limits: Limits,
-    usage: Usage,
-    snapshot: Snapshot | None,
-    now: datetime,
-) -> tuple[Alternative, ...]:
-    """What the same profile would give now: other sizes, other units of this size, no GPU at all."""
-    if usage.servers_of(limits.user) + 1 > (_value(limits, "max_containers_per_user") or float("inf")):
-        return ()
-    found: list[Alternative] = []
-    chosen_key = next((key for key, item in profile.sizes.items() if item is size), request.size)
-    plain = replace(request, gpu=None, cpus=None, memory=None)
-    tries: list[tuple[str, ProfileSize, GpuAsk | None]]
-    tries = [(key, item, None) for key, item in profile.sizes.items() if item is not size]
-    tries[:0] = [(chosen_key or "", size, ask) for ask in _smaller_asks(size, request.gpu, snapshot)]
-    if not any(item.gpu.ask().count < 1 for _, item, _ in tries):
-        tries.append((chosen_key or "", size, GpuAsk()))
-    seen: set[tuple[str | None, ...]] = set()
-    for key, item, ask in tries:
-        try:
-            granted = _decide(replace(plain, gpu=ask), profile, item, image, limits, usage, snapshot, now)
-        except Refusal:
-            continue
-        kinds = (None if ask is None else "", key, *sorted(unit.mig_profile or "whole" for unit in granted.units))
-        if kinds in seen:
-            continue
-        seen.add(kinds)
-        found.append(words.alternative(profile, key, item, ask, granted, usage, snapshot))
-    return tuple(found[:MAX_ALTERNATIVES])
-
-
 def _smaller_asks(size: ProfileSize, wanted: GpuAsk | None, snapshot: Snapshot | None) -> list[GpuAsk]:
-    """Other GPU wishes that the size covers: fewer whole GPUs, each MIG profile of the box, small ones first."""
+    """Other GPU wishes that the size covers: fewer whole GPUs, each MIG profile of the box, large ones first."""
     offer = size.gpu.ask()
     if snapshot is None or offer.count < 1 or offer.mig_profile:
         return []

@@ -110,16 +110,11 @@ def show(box: Box, out: Console) -> None:
     inventory = box.snapshot.inventory
     driver = f", driver {inventory.driver}" if inventory.driver else ""
     counts = ", ".join(f"{number} {state}" for state, number in box.counts().items() if number)
-    out.print(
-        Text.assemble(
-            (f"{len(inventory.gpus)} GPUs", "bold"), f" ({inventory.source}{driver})", f": {counts or 'no units'}"
-        )
-    )
+    source = f" ({inventory.source}{driver}): {counts or 'no units'}"
+    out.print(Text.assemble((f"{len(inventory.gpus)} GPUs", "bold"), source))
     if box.stale:
-        old = Text(
-            f"This picture is of {box.snapshot.at:%Y-%m-%d %H:%M:%S} UTC: the watcher gives no news.", "bold red"
-        )
-        out.print(old, soft_wrap=True)
+        at = f"{box.snapshot.at:%Y-%m-%d %H:%M:%S} UTC"
+        out.print(Text(f"This picture is of {at}: the watcher gives no news.", "bold red"), soft_wrap=True)
     for gpu in inventory.gpus:
         out.print()
         out.print(_heading(gpu))
