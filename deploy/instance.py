@@ -113,7 +113,7 @@ def prepared(client: docker.APIClient, *, port: int, image: str) -> Iterator[Pla
 
 def _plan(client: docker.APIClient, state: Path, port: int, image: str) -> Plan:
     gpus = surroundings.real_gpus()
-    inventory = "nvml" if gpus else str(SIMULATED_BOX)
+    inventory = "nvml" if gpus else _own_box(state)
     page = surroundings.free_port(port)
     ports = [page]
     for _ in range(3):
@@ -139,6 +139,11 @@ def _plan(client: docker.APIClient, state: Path, port: int, image: str) -> Plan:
     plan = Plan(state, settings, page, ports[3], image, made_up_passwords())
     plan.save()
     return plan
+
+
+def _own_box(state: Path) -> str:
+    """A copy of the simulated box: its units get identities of their own, so two demos do not see each other's."""
+    return str(shutil.copy(SIMULATED_BOX, state / "box.yaml"))
 
 
 def write_policy(folder: Path, state: Path, image: str, gpus: Inventory | None) -> None:

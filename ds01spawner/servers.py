@@ -20,6 +20,8 @@ from .keep import keep_changes
 from .model import Allocation
 from .runtime import Runtime
 
+DEFAULT_GRACE_S = 10
+"""Seconds between SIGTERM and SIGKILL where no allocation says more."""
 PATIENCE_S = 30.0
 """How long one hand waits for another that is at work on the same container."""
 
@@ -83,8 +85,8 @@ def operation(runtime: Runtime, allocation: Allocation, what: str) -> Iterator[A
         yield runtime.ledger.get(allocation.id) or allocation
 
 
-def stop(runtime: Runtime, user: str, server_name: str, container: str, grace_s: int) -> None:
-    """SIGTERM, then SIGKILL after `grace_s` seconds. Without a container there is nothing to do.
+def stop(runtime: Runtime, user: str, server_name: str, container: str, *, now: bool = False) -> None:
+    """SIGTERM, then SIGKILL after the policy's `sigterm_grace_s`, or at once with `now`.
 
     Raises:
         EngineError, Busy.
@@ -94,10 +96,10 @@ def stop(runtime: Runtime, user: str, server_name: str, container: str, grace_s:
     if not container:
         return
     if allocation is None:
-        runtime.engine.stop(container, timeout=grace_s)
+        runtime.engine.stop(container, timeout=0 if now else DEFAULT_GRACE_S)
         return
     with operation(runtime, allocation, "stop"):
-        runtime.engine.stop(container, timeout=grace_s)
+        runtime.engine.stop(container, timeout=0 if now else grace_seconds(allocation))
 
 
 def settle(runtime: Runtime, user: str, server_name: str, ended: Ended) -> bool:
@@ -135,11 +137,19 @@ def settle(runtime: Runtime, user: str, server_name: str, ended: Ended) -> bool:
         return False
 
 
+def grace_seconds(allocation: Allocation) -> int:
+    """Seconds between SIGTERM and SIGKILL, by the policy at admission."""
+    grace: Any = allocation.limits["policies"]["sigterm_grace_s"]["value"]
+    return DEFAULT_GRACE_S if grace is None else int(grace)
+
+
 def hold_seconds(allocation: Allocation, *, own_stop: bool) -> float | None:
     """How long a stopped server keeps its units, by the limits it was admitted with; None = without end."""
-    section, key = ("values", "gpu_hold_after_stop") if own_stop else ("policies", "gpu_hold_after_crash")
-    found: Any = allocation.limits.get(section, {}).get(key, {"value": 0})
-    return None if found["value"] is None else float(found["value"])
+    if own_stop:
+        value: Any = allocation.limits["values"]["gpu_hold_after_stop"]["value"]
+        return None if value is None else float(value)
+    minutes: Any = allocation.limits["policies"]["gpu_hold_after_crash_m"]["value"]
+    return None if minutes is None else float(minutes) * 60
 
 
 def strip(runtime: Runtime, allocation: Allocation, facts: ContainerFacts) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -34,9 +35,6 @@ except ImportError:  # JupyterHub 5
     _SpawnException = None
 
 T = TypeVar("T")
-
-STOP_GRACE_S = 10
-"""Seconds between SIGTERM and SIGKILL."""
 
 
 def spawn_error(error: Ds01Error) -> web.HTTPError:
@@ -278,8 +276,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
     async def stop(self, now: bool = False) -> None:
         """Stop the container and give back what it held. Files outside the mounts are kept (see `servers.settle`)."""
         self._ended = True
-        grace = 0 if now else STOP_GRACE_S
-        await self._thread(servers.stop, self.runtime, self.user.name, self.name, self.object_id, grace)
+        halt = partial(servers.stop, self.runtime, self.user.name, self.name, self.object_id, now=now)
+        await self._thread(halt)
         await self._settle(Ended("stopped", own_stop=True))
         self.clear_state()
 
