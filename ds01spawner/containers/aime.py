@@ -112,7 +112,7 @@ def overlapping(container: str, others: Iterable[str]) -> str | None:
     is the same container and no confusion.
     """
     for other in others:
-        if other != container and (re.search(container, other) or re.search(re.escape(other), container)):
+        if other != container and (re.search(container, other) or re.search(other, container)):
             return other
     return None
 

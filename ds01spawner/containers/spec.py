@@ -371,8 +371,9 @@ def decide_reuse(old: ContainerFacts, old_hash: str | None, new: ContainerSpec) 
     Anything that does not fit exactly means a new container: labels that disagree with the ledger, devices or a
     cgroup parent that are not the wanted ones, a limit that would have to be lifted (Docker cannot unset one).
     """
-    was_image = old.labels.get(aime.LABEL_IMAGE_ID, "")
-    if was_image != new.base_image_id or old.labels.get(aime.LABEL_IMAGE, "") != aime.clean(new.base_image):
+    # A base that was pruned since has no id any more; its name then decides.
+    moved = new.base_image_id and old.labels.get(aime.LABEL_IMAGE_ID, "") != new.base_image_id
+    if moved or old.labels.get(aime.LABEL_IMAGE, "") != aime.clean(new.base_image):
         return Reuse.NEW_IMAGE
     known = old_hash == new.hash == old.labels.get(aime.LABEL_SPEC) and not old.unreadable
     if not known or not _same_reach(old, new):
