@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import sys
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tornado import web
 
 from .containers.network import bridge_name
 from .errors import Ds01Error, EngineError, PolicyInvalid, SettingsInvalid
+from .launch import Person
 from .policy.resolve import may_log_in
 from .runtime import Runtime, prepare_network
 from .settings import SETTINGS_ENV, Settings
@@ -61,7 +63,7 @@ def setup(c: Any, **fields: Any) -> Settings:
         raise SystemExit(
             f"ds01spawner: {error}. The Hub must run as root: it makes users' folders, cgroups and network rules."
         ) from error
-    _set_hub(c, settings)
+    _set_hub(c, settings, path)
     _set_spawner(c, path)
     _set_login(c, settings, path)
     _set_services(c, path)
@@ -90,7 +92,7 @@ def _prepare(runtime: Runtime) -> None:
         log.warning("Docker does not answer (%s); going on with the network %s as it is.", error.message, bridge)
 
 
-def _set_hub(c: Any, settings: Settings) -> None:
+def _set_hub(c: Any, settings: Settings, path: Path) -> None:
     host = "127.0.0.1" if settings.network_mode == "host" else settings.gateway
     c.JupyterHub.hub_bind_url = f"http://{host}:{settings.hub_port}"
     # A Hub restart stops nobody (design, point 8; trap T9).
@@ -99,6 +101,32 @@ def _set_hub(c: Any, settings: Settings) -> None:
     # Names cost rows in the Hub's database even when their start is refused; running ones are counted by the policy.
     c.JupyterHub.named_server_limit_per_user = 20
     c.JupyterHub.template_paths = [str(HERE / "templates")]
+    c.JupyterHub.template_vars = {"ds01_quota_line": partial(QuotaLine, path)}
+
+
+class QuotaLine:
+    """The quota line of the home page, worked out when the template shows it and not on every page."""
+
+    def __init__(self, path: Path, user: Any) -> None:
+        self._path = path
+        self._user = user
+
+    @cached_property
+    def text(self) -> str:
+        """What the user holds of what they may have; "" where there is nothing to say."""
+        from .spawn_page import quota_line
+        from .spawner import DS01Spawner
+
+        if self._user is None or not hasattr(self._user, "groups"):
+            return ""
+        person = Person(self._user.name, tuple(group.name for group in self._user.groups))
+        return quota_line(DS01Spawner.runtime_of(str(self._path)), person)
+
+    def __bool__(self) -> bool:
+        return bool(self.text)
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def _set_spawner(c: Any, path: Path) -> None:
