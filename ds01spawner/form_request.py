@@ -274,8 +274,12 @@ def _take(options: dict[str, Any], name: str, values: Sequence[Any]) -> None:
 
 
 def options_from_query(query: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The `opt-` arguments of `GET /hub/spawn?opt-…` as `user_options`.
+    """The arguments of `GET /hub/spawn?opt-…` as `user_options`.
 
-    Unlike a form, a link has no fields that are not ours: unknown ones are kept, so that they are refused.
+    JupyterHub 6 takes the prefix off, 5 leaves it on. Unlike a form, a link has no fields that are not ours: unknown
+    ones are kept, so that they are refused.
     """
-    return {name: values[0] if len(values) == 1 else list(values) for name, values in query.items()}
+    found: dict[str, list[Any]] = {}
+    for name, values in query.items():
+        found.setdefault(name.removeprefix("opt-"), []).extend(values)
+    return {name: values[0] if len(values) == 1 else values for name, values in found.items()}

@@ -40,13 +40,19 @@ class ImageOption:
 
 @dataclass(frozen=True)
 class Group:
-    """One profile with its cards; `image` is its own, `images` are the others to choose from."""
+    """One profile with its cards.
+
+    Attributes:
+        image: the profile's own; image_label: what comes without a wish (the same, or what this server saved of it).
+        images: the others to choose from.
+    """
 
     profile: str
     title: str
     description: str
     image: str | None
     cards: tuple[Card, ...]
+    image_label: str = ""
     images: tuple[ImageOption, ...] = ()
 
     @property
@@ -150,6 +156,7 @@ def _group(
         description=profile.description or "",
         image=image,
         cards=cards,
+        image_label=_own_image_label(scene, image, private_images),
         images=_image_options(profile, image, private_images),
     )
 
@@ -194,6 +201,12 @@ def _machine_notes(
 
 
 # --------------------------------------------------------------------------- images
+
+
+def _own_image_label(scene: Scene, image: str | None, saved: Sequence[SavedImage]) -> str:
+    """What the profile's image means for this server (`images.choose_image`: its own last state goes on)."""
+    kept = any(item.server_name == scene.server_name and item.base == image for item in saved)
+    return f"{image} ({'as this server left it' if kept else 'the image of this profile'})"
 
 
 def _image_options(profile: Profile, image: str | None, saved: Sequence[SavedImage]) -> tuple[ImageOption, ...]:

@@ -293,7 +293,9 @@ def test_a_doubtful_form_is_refused_not_guessed(form: dict[str, list[str]]) -> N
 
 def test_a_link_keeps_unknown_fields_so_that_they_are_refused() -> None:
     assert parse(options_from_query({"profile": ["r"], "gpus": ["1"]})).profile == "r"
+    assert parse(options_from_query({"opt-profile": ["r"]})).profile == "r", "as JupyterHub 5 hands them over"
     refused(options_from_query({"profil": ["r"]}))
+    refused(options_from_query({"profile": ["r"], "opt-profile": ["pytorch"]}))
     refused(options_from_query({"gpus": ["1", "2"]}))
 
 

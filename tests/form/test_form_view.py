@@ -374,6 +374,9 @@ def test_own_saved_images_are_offered_where_their_base_is() -> None:
     ]
     assert "server main" in pytorch.images[1].label
     assert r.images == ()
+    assert pytorch.image_label == f"{base} (the image of this profile)"
+    again = view(private_images=saved, server_name="lab").groups[0]
+    assert again.image_label == f"{base} (as this server left it)"
 
 
 # --------------------------------------------------------------------------- form and start agree
