@@ -26,8 +26,8 @@ def check_limits(limits: LimitsFile, members: Mapping[str, frozenset[str]], tree
     Args:
         members: group → all names, those of the members files included.
     """
-    if not limits.model_fields_set & {"defaults", "groups"}:
-        yield at(tree, file, (), "neither defaults nor groups: this is no policy")
+    if all(node.kind == "scalar" and node.text is None for _, node in tree.entries.values()):
+        yield at(tree, file, (), "no section has anything in it", "a half-written file changes nothing")
     for path, layer in _layers(limits):
         yield from _check_layer(layer, path, tree, file)
     yield from _check_references(limits, tree, file)

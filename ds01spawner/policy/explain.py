@@ -63,8 +63,8 @@ def at(tree: Node, file: str, path: Path, message: str, hint: str = "", *, warni
 
 
 def in_order(problems: list[Problem]) -> tuple[Problem, ...]:
-    """Problems by place, without repetitions."""
-    return tuple(sorted(dict.fromkeys(problems), key=lambda p: (p.file, p.line or 0, p.column or 0)))
+    """Problems by place, without repetitions; of several at one place the one with a hint comes first."""
+    return tuple(sorted(dict.fromkeys(problems), key=lambda p: (p.file, p.line or 0, p.column or 0, not p.hint)))
 
 
 def closest(word: str, known: Mapping[str, Any] | tuple[str, ...] | list[str]) -> str:

@@ -322,13 +322,19 @@ class PolicyStore:
         last = self._policy or self._restored()
         problems = loaded.problems
         if loaded.policy is not None and last is not None:
-            lost = _lost(last, loaded.policy, self._folder)
-            problems = in_order([*problems, *lost])
-            if lost:
+            doubts = _lost(last, loaded.policy, self._folder)
+            cut = _cut_short(last.text, loaded.text) if signature.recent() and not doubts else []
+            if cut:
+                # Half of a file may well be valid YAML. Somebody who removed its end is obeyed a moment later.
+                self._seen = None
+                doubts = [_being_written(self._folder / file) for file in cut]
+            if doubts:
                 loaded = replace(loaded, policy=None)
-        if loaded.policy is not None and loaded.hash != (last.hash if last else ""):
+            problems = in_order([*problems, *doubts])
+        changed = loaded.policy is not None and (last is None or loaded.hash != last.hash)
+        if changed:
             self._versions.save_policy(loaded.hash, loaded.text)
-        self._policy, self._problems = loaded.policy or last, problems
+        self._policy, self._problems = loaded.policy if changed else last, problems
 
     def _restored(self) -> Policy | None:
         """The version that was in force before this process started."""
@@ -339,6 +345,21 @@ class PolicyStore:
             return policy_from_text(stored[1])
         except PolicyInvalid:
             return None  # written for another version of this program: as good as none
+
+
+def _cut_short(last: str, new: str) -> list[str]:
+    """Files of a bundle whose text is only the beginning of what it was."""
+    before, now = json.loads(last), json.loads(new)
+    return [
+        file
+        for file, text in before.items()
+        if len(now.get(file, text).rstrip()) < len(text.rstrip()) and text.startswith(now[file].rstrip())
+    ]
+
+
+def _being_written(path: Path) -> Problem:
+    message = "the end is missing, and the file was written just now: it may be half-written"
+    return Problem(str(path), message, hint="it is looked at again in two seconds", warning=True)
 
 
 def _lost(last: Policy, new: Policy, folder: Path) -> list[Problem]:
@@ -368,7 +389,7 @@ class _Signature:
 
     def recent(self) -> bool:
         """True if a file changed so shortly before that a second change may have left no trace."""
-        return self.taken_ns - self.newest_ns < _RACY_NS
+        return abs(self.taken_ns - self.newest_ns) < _RACY_NS
 
 
 def _signature(folder: Path) -> _Signature:
