@@ -70,43 +70,51 @@ class SystemdParents(CgroupParents):
         super().__init__(root, mounts)
         self._call = call
         self._settle = settle
+        self._cgroups: dict[str, str] = {}  # where slices lie, once known: their names decide it
 
     def name(self, group: str | None, user: str) -> str:
         return slice_name(self.root, group, user)
 
     def cgroup(self, group: str | None, user: str) -> str:
-        """Where systemd put the slice; "" while it is not active."""
-        return str(self._state(self.name(group, user)).get("ControlGroup", ""))
+        """Where systemd put the slice; "" if it has never been active."""
+        name = self.name(group, user)
+        if name not in self._cgroups:
+            self._state(name)
+        return self._cgroups.get(name, "")
 
     def facts(self, group: str | None, user: str) -> CgroupFacts:
         path = self.cgroup(group, user)
         return read_cgroup(path, self.mounts) if path else CgroupFacts()
 
     def _create(self, group: str | None, user: str, wanted: Aggregate) -> None:
-        name = self.name(group, user)
-        if self._state(name).get("ActiveState") == "active":
-            return
-        properties = ["Description", "s", f"ds01: all containers of {user}"]
-        try:
-            self._manager("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "replace", *_limits(wanted, properties), "0")
-        except HostError:
-            # Made by somebody else in between (Docker makes missing slices): `_apply` sets the limits on it.
-            if self._state(name).get("ActiveState") not in ("active", "activating"):
-                raise
-        self._wait(lambda: self._state(name).get("ActiveState") == "active")
+        """Nothing: `_apply` sees from one and the same answer whether the slice is there and what it has."""
 
     def _apply(self, group: str | None, user: str, wanted: Aggregate) -> Sequence[str]:
         name = self.name(group, user)
         state = self._state(name)
+        if state.get("ActiveState") != "active":
+            state = self._start(name, user, wanted)
         path = str(state.get("ControlGroup", ""))
         if not path:
             raise _failed(f"the slice {name} did not become active")
-        notes: Sequence[str] = ()
-        if not _has(state, wanted) or self.differences(group, user, wanted):
-            self._check_memory(path, wanted, user)
-            notes = self._set(name, path, wanted)
+        if _has(state, wanted) and not self.differences(group, user, wanted):
+            return ()
+        self._check_memory(path, wanted, user)
+        notes = self._set(name, path, wanted)
         self._wait(lambda: not self.differences(group, user, wanted))
         return notes
+
+    def _start(self, name: str, user: str, wanted: Aggregate) -> Mapping[str, Any]:
+        """Start the slice with its limits and wait for it; returns its state."""
+        limits = _limits(wanted, ["Description", "s", f"ds01: all containers of {user}"])
+        try:
+            self._manager("StartTransientUnit", "ssa(sv)a(sa(sv))", name, "replace", *limits, "0")
+        except HostError:
+            # Made by somebody else in between (Docker makes missing slices): then the limits are set on that one.
+            if self._state(name).get("ActiveState") not in ("active", "activating"):
+                raise
+        self._wait(lambda: self._state(name).get("ActiveState") == "active")
+        return self._state(name)
 
     def _check_memory(self, path: str, wanted: Aggregate, user: str) -> None:
         if "memory" in self.mounts.trees or self.mounts.version == 2:
@@ -129,7 +137,7 @@ class SystemdParents(CgroupParents):
     def remove(self, group: str | None, user: str) -> bool:
         name = self.name(group, user)
         with self._lock:
-            path = self.cgroup(group, user)
+            path = self._state(name).get("ControlGroup", "")
             if path and in_use(path, self.mounts):  # stopping a slice stops what runs in it
                 return False
             if path:
@@ -140,7 +148,10 @@ class SystemdParents(CgroupParents):
         """All properties of a slice by name; those of a unit that does not exist say `inactive`."""
         unit = f"/org/freedesktop/systemd1/unit/{_label(name)}"
         reply = self._call([_MANAGER[0], unit, "org.freedesktop.DBus.Properties", "GetAll", "s", ""])
-        return {key: value["data"] for key, value in reply[0].items()}
+        state = {key: value["data"] for key, value in reply[0].items()}
+        if state.get("ControlGroup"):
+            self._cgroups[name] = state["ControlGroup"]
+        return state
 
     def _manager(self, method: str, signature: str, *arguments: str) -> Any:
         return self._call([*_MANAGER, method, signature, *arguments])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,7 @@ class Bus:
             return []
         assert method == "StopUnit", method
         self.units.pop(name)
+        shutil.rmtree(self.tree / self.path(name).lstrip("/"))
         return ["/org/freedesktop/systemd1/job/2"]
 
     FILES: ClassVar[dict[str, dict[str, str]]] = Tree2.FILES
@@ -341,7 +343,7 @@ class TestSystemd:
         systemd.ensure("g", "u", FULL)
         bus.calls.clear()
         systemd.ensure("g", "u", FULL)
-        assert {words[3] for words in bus.calls} == {"GetAll"}
+        assert [words[3] for words in bus.calls] == ["GetAll"]
 
     def test_calls_as_systemd_takes_them(self, systemd: SystemdParents, bus: Bus, root_name: str) -> None:
         systemd.ensure("phd-student", "u", Aggregate(cpu_quota=24.0, memory_max=GB))
