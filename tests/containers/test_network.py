@@ -447,8 +447,12 @@ class TestNetwork:
         assert host_reaches(boxes[0].ip, 7000)
 
     def test_overlap_names_who_has_the_subnet(self, engine: Engine, net: Network) -> None:
-        with pytest.raises(HostError, match=f"overlaps {net.subnet} of the Docker network {net.name}"):
-            ensure_network(engine.client, str(uuid.uuid4()), net.subnet)
+        stranger = str(uuid.uuid4())
+        try:
+            with pytest.raises(HostError, match=f"overlaps {net.subnet} of the Docker network {net.name}"):
+                ensure_network(engine.client, stranger, net.subnet)
+        finally:
+            remove_network(engine.client, stranger)
 
     def test_foreign_network_of_that_name_is_refused_and_kept(self, engine: Engine) -> None:
         client, stranger = engine.client, str(uuid.uuid4())
