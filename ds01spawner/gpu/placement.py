@@ -187,6 +187,7 @@ def place(
     if not free:
         return None
     lonely = _link_loss(gpus)
+    names = {candidate.mig_profile for gpu in gpus for candidate in gpu.candidates}
 
     def rank(item: tuple[GpuState, Candidate]) -> tuple[object, ...]:
         gpu, candidate = item
@@ -199,7 +200,7 @@ def place(
             round(candidate.memory_bytes / GIB),
             candidate.uuid is None,
             lonely[gpu.uuid] if whole else 0,
-            lost_candidates(gpu, candidate),
+            0 if whole else fragmentation_growth(gpu, candidate, names),
             gpu.index,
             candidate.order,
             candidate.start,
@@ -208,15 +209,29 @@ def place(
     return (min(free, key=rank)[1],)
 
 
-def lost_candidates(gpu: GpuState, chosen: Candidate) -> int:
-    """How many other candidates of `gpu` end when `chosen` is taken (all of equal weight, as in "most remaining").
+def fragmentation_growth(gpu: GpuState, chosen: Candidate, names: Collection[str | None]) -> int:
+    """By how many memory slices the part of `gpu` grows that requests for `names` cannot use, if `chosen` is taken.
 
-    Existing units exclude nobody but themselves: they lie side by side, or share an instance on purpose.
+    Fragmentation-aware placement (FGD, ATC'23) on MIG masks with all profiles equally likely: for each profile, count
+    the free slices that no candidate of it covers. Units that exist and have the same profile all come out equal.
     """
-    return sum(
-        other is not chosen and bool(other.mask & chosen.mask) and (other.uuid is None or chosen.uuid is None)
-        for other in gpu.candidates
-    )
+    free = mask(0, gpu.memory_slices) & ~gpu.occupied
+    after = tuple(other for other in gpu.candidates if not _excludes(chosen, other))
+    return _unusable(after, free & ~chosen.mask, names) - _unusable(gpu.candidates, free, names)
+
+
+def _excludes(chosen: Candidate, other: Candidate) -> bool:
+    """Taking `chosen` ends `other`. Two that exist lie side by side, or share an instance on purpose."""
+    if other is chosen:
+        return True
+    return bool(other.mask & chosen.mask) and (other.uuid is None or chosen.uuid is None)
+
+
+def _unusable(candidates: Sequence[Candidate], free: int, names: Collection[str | None]) -> int:
+    covered: dict[str | None, int] = {}
+    for candidate in candidates:
+        covered[candidate.mig_profile] = covered.get(candidate.mig_profile, 0) | candidate.mask
+    return sum((free & ~covered.get(name, 0)).bit_count() for name in names)
 
 
 # --------------------------------------------------------------------------- several GPUs
@@ -285,12 +300,16 @@ def _partition_score(links: Sequence[Sequence[int]], size: int) -> Callable[[Seq
 
 
 def _greedy_sets(links: Sequence[Sequence[int]], size: int) -> list[tuple[int, ...]]:
-    """One set per first GPU, grown by the GPU that is closest to those already in it."""
+    """One set per first GPU, grown by the GPU that is closest to those in it, then to those that are left."""
     sets = []
     for first in range(len(links)):
         chosen = [first]
         while len(chosen) < size:
-            others = [place for place in range(len(links)) if place not in chosen]
-            chosen.append(max(others, key=lambda place: (sum(links[place][c] for c in chosen), -place)))
+            left = [place for place in range(len(links)) if place not in chosen]
+            chosen.append(max(left, key=lambda place: _attraction(links[place], chosen, left, place)))
         sets.append(tuple(sorted(chosen)))
     return sets
+
+
+def _attraction(row: Sequence[int], chosen: Sequence[int], left: Sequence[int], place: int) -> tuple[int, int, int]:
+    return sum(row[other] for other in chosen), sum(row[other] for other in left if other != place), -place
