@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from .admission_words import amount
+from . import admission_words as words
 from .errors import Code, Ds01Error, Refusal
 from .form_cards import Card, Fact, Scene, make_card
 from .form_choice import choose, default_profile, profile_title, size_key
@@ -173,12 +173,12 @@ def quota_lines(limits: Limits, usage: Usage, user: str) -> tuple[Fact, ...]:
     own_running = usage.own is not None and usage.own.state in (State.RESERVED, State.ACTIVE)
     servers = usage.servers_of(user) + own_running
     for key, label, held in (
-        ("max_gpu_equivalents", "GPU in use", amount(share)),
+        ("max_gpu_equivalents", "GPU in use", words.amount(share)),
         ("max_mig_instances", "GPU units in use", str(units)),
         ("max_containers_per_user", "Servers in use", str(servers)),
     ):
         if key in limits.values and limits[key] is not None:
-            lines.append(Fact(label, f"{held} of {amount(float(limits[key]))}", limits.source(key)))
+            lines.append(Fact(label, f"{held} of {words.amount(float(limits[key]))}", limits.source(key)))
     return tuple(lines)
 
 
@@ -194,9 +194,8 @@ def _machine_notes(
     notes = []
     if policy_problems:
         notes.append("The rules of this server are being edited and do not parse; the last good ones are in force.")
-    gpu_cards = [card for group in groups for card in group.cards if card.code is Code.INVENTORY_STALE]
-    if gpu_cards and snapshot.stale(now):
-        notes.append("Nobody knows what the GPUs are doing right now, so no GPU can be given. This page keeps looking.")
+    if any(card.code is Code.INVENTORY_STALE for group in groups for card in group.cards):
+        notes.append(f"{words.stale(snapshot, now).message} This page keeps looking.")
     return tuple(notes)
 
 

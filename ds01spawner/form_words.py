@@ -88,6 +88,8 @@ def reason_text(refusal: Refusal) -> str:
 
     The sentence itself is shown under Details.
     """
+    if refusal.code is Code.INVENTORY_STALE:
+        return "What is free is not known right now."  # the rest stands once, on top of the form
     if refusal.code is not Code.NO_GPU:
         return refusal.message
     facts = refusal.facts

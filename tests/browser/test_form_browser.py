@@ -332,11 +332,13 @@ def test_browser_home_shows_the_quota_line(hub: Hub, open_form: Opened) -> None:
     expect(page.locator("[data-ds01-quota]")).to_have_text("GPU in use 0 of 1")
 
 
-def test_browser_the_home_page_names_the_failed_start(hub: Hub, open_form: Opened) -> None:
+def test_browser_a_start_that_fails_late_leads_back_to_the_form(hub: Hub, open_form: Opened) -> None:
     hub.set(start_s=1.5)
     page = open_form("failing")
     page.get_by_role("button", name="Start").click()
     page.wait_for_url("**/spawn-pending/**")
-    expect(page.locator("#ds01-failed")).to_be_visible()
+    expect(page.locator("#ds01-failed")).to_contain_text("never ready")
+    expect(page.locator("h1")).to_contain_text("Not started")
+    expect(page.locator("#stop-server-btn")).to_be_hidden()
     page.get_by_role("link", name="Choose again").click()
     expect(card(page, SMALL)).to_be_checked()
