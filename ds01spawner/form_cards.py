@@ -146,7 +146,7 @@ def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | No
             *([Fact("Why not now", answer.message)] if isinstance(answer, Refusal) and code is Code.NO_GPU else []),
         ),
         available=code is None,
-        badge=badge_text(code, meter and meter.free, meter and meter.total),
+        badge=badge_text(code, meter.free if meter else None, meter.total if meter else None),
         code=code,
         reason=reason_text(answer) if isinstance(answer, Refusal) else "",
         when="" if code is None else _when(scene, code, units),
