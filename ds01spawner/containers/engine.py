@@ -19,7 +19,7 @@ from typing import Any
 
 import docker
 import requests
-from docker.utils import kwargs_from_env
+from docker.utils import decode_json_header, kwargs_from_env
 
 from ds01spawner.errors import Code, EngineError
 
@@ -33,7 +33,9 @@ TIMEOUT_S = 60
 MAX_FACT_AGE_S = 60.0
 """A running container is looked at again after this long even if nothing seems to have changed."""
 MAX_FILE_BYTES = 2**20
-MAX_LINKS = 5
+GO_SYMLINK = 1 << 27
+GO_NOT_REGULAR = 1 << 31 | 1 << 27 | 1 << 26 | 1 << 25 | 1 << 24 | 1 << 21
+"""Bits of Go's FileMode: folder, link, device, pipe, socket, character device."""
 EVENT_TYPES = ("container", "image")
 
 __all__ = [
@@ -391,37 +393,33 @@ class Engine:
         name = f"ds01-probe-{secrets.token_hex(6)}"
         container = self.create(name, body)
         try:
-            for _ in range(MAX_LINKS):
-                content, link = self._read(container, path)
-                if link is None:
-                    return content
-                path = link
-            return None
+            return self._read(container, path, follow=True)
         finally:
             self.remove(container, force=True)
 
-    def _read(self, container: str, path: str) -> tuple[bytes | None, str | None]:
-        """Content of a file, or where a symbolic link in its place leads."""
+    def _read(self, container: str, path: str, *, follow: bool) -> bytes | None:
+        client: Any = self.client
         try:
             with told(f"Reading {path}"):
-                chunks, stat = self.client.get_archive(container, path)
-                if stat.get("size", 0) > MAX_FILE_BYTES:
+                # Asked first: an archive that is not read to its end keeps Docker from removing the container.
+                url = client._url("/containers/{0}/archive", container)
+                answer = client.head(url, params={"path": path}, timeout=self._timeout)
+                client._raise_for_status(answer)
+                stat = decode_json_header(answer.headers["x-docker-container-path-stat"])
+                if stat["mode"] & GO_SYMLINK:
+                    # Docker has followed it to its end, inside the image.
+                    return self._read(container, stat["linkTarget"], follow=False) if follow else None
+                if stat["mode"] & GO_NOT_REGULAR:
+                    return None
+                if stat["size"] > MAX_FILE_BYTES:
                     raise EngineError(f"{path} has more than {MAX_FILE_BYTES} bytes.", code=Code.INTERNAL)
-                raw = b"".join(chunks)
+                raw = b"".join(client.get_archive(container, path)[0])
         except EngineNotFound:
-            return None, None
+            return None
         with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
             member = archive.next()
-            if member is None or not (member.isfile() or member.issym()):
-                return None, None
-            if member.issym():
-                return None, _joined(path, member.linkname)
-            file = archive.extractfile(member)
-            return (file.read() if file else None), None
-
-
-def _joined(path: str, link: str) -> str:
-    return link if link.startswith("/") else f"{path.rpartition('/')[0]}/{link}"
+            file = archive.extractfile(member) if member is not None else None
+            return file.read() if file is not None else None
 
 
 def _require(name: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from ds01spawner.containers.engine import Engine
 
-TINY_TAG = "dstest-tiny:latest"
+TINY_TAG = "dstest-tiny:2"
 APPLETS = ("sh", "bash", "sleep", "cat", "ls", "mkdir", "rm", "rmdir", "mv", "ln", "id", "env", "touch", "chmod", "dd")
 MORE_APPLETS = (
     "true",
