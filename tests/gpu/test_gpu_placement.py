@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds01spawner.gpu.mig import GEOMETRIES, GIB
@@ -207,6 +207,7 @@ def test_many_gpus_are_grown_greedily_and_by_links() -> None:
     assert placed(box, GpuAsk(8, GpuKind.FULL), taken=["0", "4"]) == ["8", "9", "10", "11", "12", "13", "14", "15"]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(2, 4), st.randoms(use_true_random=False))
 def test_small_sets_have_the_best_partition(count: int, size: int, chance: random.Random) -> None:
     links = [(a, b, chance.choice([0, 0, 1, 2, 4])) for a, b in combinations(range(count), 2)]
@@ -314,6 +315,7 @@ ASKS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(LAYOUTS, max_size=4), ASKS, st.booleans(), st.floats(0, 3), st.randoms(use_true_random=False))
 def test_placement_keeps_its_promises(
     layout: list[list[str]], ask: GpuAsk, allow_full: bool, budget: float, chance: random.Random
