@@ -23,7 +23,8 @@ from .containers.engine import ContainerFacts, EngineConflict, PullProgress
 from .containers.host import populate_welcome, prepare_home, prepare_workspace, verify_mounted
 from .containers.spec import ContainerSpec, Reuse, api_token, decide_reuse
 from .errors import Code, Ds01Error, EngineError, HostError, Refusal
-from .form import SpawnRequest, choose
+from .form.choice import choose
+from .form.request import SpawnRequest
 from .images import ImageChoice, SavedImage, choose_image, profile_image
 from .keep import forget_missing, keep_changes, saved_images
 from .ledger.records import Claim, RequestRecord

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 
 from .errors import Ds01Error
-from .form import build_view, quota_lines, quota_sentence, render_form
+from .form.render import render_form
+from .form.view import build_view, quota_lines, quota_sentence
 from .images import profile_image
 from .launch import Person, look
 from .runtime import Runtime

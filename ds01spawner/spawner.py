@@ -22,7 +22,7 @@ from . import servers
 from .body import HubSide
 from .containers import aime
 from .errors import Code, Ds01Error, Refusal
-from .form import SpawnRequest, options_from_form, options_from_query
+from .form.request import SpawnRequest, options_from_form, options_from_query
 from .launch import Launch, Person
 from .progress import ANSWER, CREATE, IMAGE, QUEUE, QUOTA, READY, START, ProgressLog
 from .runtime import Runtime

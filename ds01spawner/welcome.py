@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from .form_words import size_text, unit_words
+from .form.words import size_text, unit_words
 from .model import Unit
 
 _LOOK = """\

@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
-from ds01spawner.form import FormView, build_view
+from ds01spawner.form.view import FormView, build_view
 from ds01spawner.gpu.simulated import SimulatedGpu, SimulatedUnit, build
 from ds01spawner.model import External, Holding, Inventory, Limit, Limits, Snapshot, State, Unit, Usage
 from ds01spawner.policy.schema import Profile, ProfilesFile

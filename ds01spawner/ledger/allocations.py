@@ -5,7 +5,7 @@ State by step (design, Words):
     reserve            (none), reserved, active, held → reserved
     renew_token, bind  reserved, active, held         → unchanged
     activate           reserved                       → active
-    hold               reserved, active, held         → held
+    hold               active, held                   → held
     drop_leases        active, held                   → held, without units
     rollback           reserved                       → held or released
     release            any                            → released
@@ -148,16 +148,14 @@ class Allocations(Operations):
     def hold(self, allocation_id: int, *, until: datetime | None, reason: str, actor: str = SYSTEM) -> Allocation:
         """The container stopped: keep its units until `until` (None = no end known), so it can start again.
 
-        Called again while held it only changes the end. After a failed start it leads back to the hold that was
-        there before, with the first stop's time.
+        Called again while held it only changes the end. A failed start is no stop: holding what it reserved as
+        well would let a user collect units by failing. It goes by `rollback` or `release`.
 
         Raises:
-            LedgerError: released, or reserved without any container (then `release`).
+            LedgerError: neither active nor held.
         """
         with self._db.write() as connection:
-            before = _in_state(connection, allocation_id, "hold", _ANY_LIVE)
-            if before.state is State.RESERVED and before.container_id is None:
-                raise LedgerError(f"Allocation {allocation_id} never had a container to hold; release it.")
+            before = _in_state(connection, allocation_id, "hold", {State.ACTIVE, State.HELD})
             self._move_leases(connection, allocation_id, State.HELD)
             values = _stopped(before, self._now()) | {"held_until": until, "reason": tidy(reason)}
             return self._change(connection, before, "allocation.hold", reason, actor, values)
@@ -180,7 +178,8 @@ class Allocations(Operations):
         """Undo the last `reserve` after a failed start, once the container it made is gone.
 
         An allocation that never ran is released. Another one is held as before: units that only the failed
-        start wanted are released, the others are wanted again, and the old container's token is current.
+        start wanted are released, the others are wanted again, and the old container's token is current. If the
+        old container is gone as well there is nothing to go back to: `release` instead.
 
         Raises:
             LedgerError: not reserved.

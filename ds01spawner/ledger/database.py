@@ -192,16 +192,24 @@ class Database:
 
     def _use_wal(self) -> None:
         """Switch the file to WAL once (it stays so). Under the turn: the switch does not wait for others."""
-        with self._my_turn(), self._errors(), contextlib.closing(self._engine.raw_connection()) as raw:
-            cursor = raw.cursor()
-            cursor.execute("PRAGMA journal_mode = WAL")
-            mode = cursor.fetchone()
-            cursor.close()
-        if mode is None or mode[0] != "wal":
+        if self._journal("PRAGMA journal_mode") == "wal":
+            return
+        with self._my_turn():
+            mode = self._journal("PRAGMA journal_mode = WAL")
+        if mode != "wal":
             raise LedgerError(
                 f"The ledger at {self._place} cannot use SQLite's WAL mode (network file system?). "
                 "Put state_dir on a local disk, or use PostgreSQL."
             )
+
+    def _journal(self, pragma: str) -> str:
+        """The journal mode, asked or set outside any transaction."""
+        with self._errors(), contextlib.closing(self._engine.raw_connection()) as raw:
+            cursor = raw.cursor()
+            cursor.execute(pragma)
+            (mode,) = cursor.fetchone() or ("",)
+            cursor.close()
+        return str(mode)
 
     @staticmethod
     def _revision(connection: Connection) -> str | None:

@@ -29,16 +29,10 @@ import form_scene
 
 from ds01spawner import admission
 from ds01spawner.errors import Ds01Error, Refusal
-from ds01spawner.form import (
-    TEMPLATES,
-    SpawnRequest,
-    build_view,
-    choose,
-    options_from_form,
-    options_from_query,
-    quota_sentence,
-    render_form,
-)
+from ds01spawner.form.choice import choose
+from ds01spawner.form.render import TEMPLATES, render_form
+from ds01spawner.form.request import SpawnRequest, options_from_form, options_from_query
+from ds01spawner.form.view import build_view, quota_sentence
 from ds01spawner.model import DEFAULT_SERVER, Holding, Limits, Snapshot, Usage
 from ds01spawner.progress import GPU, IMAGE, QUOTA, ProgressLog
 

@@ -12,8 +12,10 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PrefixLoader
 from jupyterhub._data import DATA_FILES_PATH
 
 from ds01spawner.errors import Alternative, Code, Refusal
-from ds01spawner.form import TEMPLATES, FormView, SpawnRequest, options_from_form, render_form
-from ds01spawner.form_view import SavedImage
+from ds01spawner.form.render import TEMPLATES, render_form
+from ds01spawner.form.request import SpawnRequest, options_from_form
+from ds01spawner.form.view import FormView
+from ds01spawner.images import SavedImage
 from ds01spawner.model import Usage
 from ds01spawner.progress import STAGES
 

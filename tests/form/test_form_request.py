@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ds01spawner.errors import Code, Refusal
-from ds01spawner.form import SpawnRequest, choose, options_from_form, options_from_query
-from ds01spawner.form_view import exact_size
+from ds01spawner.form.choice import choose
+from ds01spawner.form.request import SpawnRequest, options_from_form, options_from_query
+from ds01spawner.form.view import exact_size
 from ds01spawner.model import GpuAsk, GpuKind, Request
 
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ds01spawner import admission
 from ds01spawner.errors import Code, Refusal
-from ds01spawner.form import Card, FormView, quota_sentence
-from ds01spawner.form_view import SavedImage
+from ds01spawner.form.cards import Card
+from ds01spawner.form.view import FormView, quota_sentence
+from ds01spawner.images import SavedImage
 from ds01spawner.model import Limit, Request, State, Usage
 
 ALL = ["pytorch/small", "pytorch/medium", "pytorch/whole", "pytorch/cpu", "r/cpu"]

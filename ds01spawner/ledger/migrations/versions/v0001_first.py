@@ -11,7 +11,7 @@ branch_labels: str | None = None
 depends_on: str | None = None
 
 _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-_TIME = sa.DateTime(timezone=True)
+_TIME = sa.DateTime(timezone=True).with_variant(sa.Text, "sqlite")
 _LIVE = sa.text("state IN ('reserved', 'active', 'held')")
 _STATES = "state IN ('reserved', 'active', 'held', 'released')"
 

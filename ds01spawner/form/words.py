@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .admission_words import amount
-from .errors import Code, Refusal
-from .gpu.mig import parse_name
-from .model import GpuAsk, GpuKind, Unit
-from .policy.quantity import format_duration
+from ds01spawner.admission_words import amount
+from ds01spawner.errors import Code, Refusal
+from ds01spawner.gpu.mig import parse_name
+from ds01spawner.model import GpuAsk, GpuKind, Unit
+from ds01spawner.policy.quantity import format_duration
 
 _GIB = 2**30
 _MIB = 2**20

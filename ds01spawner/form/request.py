@@ -16,9 +16,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .errors import Code, Refusal
-from .model import GpuAsk, GpuKind, Request
-from .policy.quantity import format_size, parse_size
+from ds01spawner.errors import Code, Refusal
+from ds01spawner.model import GpuAsk, GpuKind, Request
+from ds01spawner.policy.quantity import format_size, parse_size
 
 MAX_GPUS = 64
 """Most GPU units one request may name. Far above any single server; it only stops nonsense."""

@@ -11,14 +11,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from . import admission
-from .admission_words import amount
-from .errors import Code, Refusal
-from .form_choice import size_key
-from .form_words import badge_text, cores_text, gpu_text, plain_title, reason_text, size_text, wait_text
-from .gpu.placement import in_pool
-from .model import Admission, GpuAsk, GpuKind, Holding, Limits, Request, Resources, Snapshot, State, Unit, Usage
-from .policy.schema import Profile, ProfileSize
+from ds01spawner import admission
+from ds01spawner.admission_words import amount
+from ds01spawner.errors import Code, Refusal
+from ds01spawner.gpu.placement import in_pool
+from ds01spawner.model import (
+    Admission,
+    GpuAsk,
+    GpuKind,
+    Holding,
+    Limits,
+    Request,
+    Resources,
+    Snapshot,
+    State,
+    Unit,
+    Usage,
+)
+from ds01spawner.policy.schema import Profile, ProfileSize
+
+from .choice import size_key
+from .words import badge_text, cores_text, gpu_text, plain_title, reason_text, size_text, wait_text
 
 _WAIT_AND_SEE = frozenset({Code.NO_GPU, Code.INVENTORY_STALE, Code.IMAGE_MISSING})
 """Refusals that an otherwise entitled user may meet even on an empty machine; every other one hides the card."""

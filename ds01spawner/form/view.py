@@ -10,13 +10,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any
 
-from . import admission_words as words
-from .errors import Code, Ds01Error, Refusal
-from .form_cards import Card, Fact, Scene, make_card
-from .form_choice import choose, default_profile, profile_title, size_key
-from .form_request import IMAGE_FIELD, SpawnRequest
-from .images import SavedImage, allowed
-from .model import (
+from ds01spawner import admission_words as words
+from ds01spawner.errors import Code, Ds01Error, Refusal
+from ds01spawner.images import SavedImage, allowed
+from ds01spawner.model import (
     DEFAULT_SERVER,
     Inventory,
     Limits,
@@ -25,7 +22,11 @@ from .model import (
     State,
     Usage,
 )
-from .policy.schema import Profile
+from ds01spawner.policy.schema import Profile
+
+from .cards import Card, Fact, Scene, make_card
+from .choice import choose, default_profile, profile_title, size_key
+from .request import IMAGE_FIELD, SpawnRequest
 
 
 @dataclass(frozen=True)

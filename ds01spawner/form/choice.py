@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .admission import effective_ask
-from .errors import Alternative, Code, Refusal
-from .model import Request
-from .policy.schema import Profile, ProfileSize
+from ds01spawner.admission import effective_ask
+from ds01spawner.errors import Alternative, Code, Refusal
+from ds01spawner.model import Request
+from ds01spawner.policy.schema import Profile, ProfileSize
 
 MAX_ALTERNATIVES = 6
 """More would make a sentence that nobody reads."""
