@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 API_WITH_DISCOVERED = (1, 50)
-"""First Docker API version whose `/info` lists `DiscoveredDevices` (facts: gpu.md, section 8)."""
+"""First Docker API version whose `/info` lists `DiscoveredDevices` (Docker 28.2)."""
 DEFAULT_DIRS = ("/etc/cdi", "/var/run/cdi")
 MAX_SPEC_BYTES = 8 * 2**20
 """A specification of eight GPUs has some 100 KB; more than this is no specification."""
