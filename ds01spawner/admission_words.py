@@ -183,7 +183,7 @@ def no_gpu(scarcity: Scarcity) -> Refusal:
     leased = len(suitable & scarcity.leased)
     external = len((suitable & scarcity.external) - scarcity.leased)
     broken = len(suitable) - leased - external - scarcity.free
-    facts = {
+    facts: dict[str, int | str | None] = {
         "asked": ask.count,
         "suitable": len(suitable),
         "free": scarcity.free,
