@@ -293,7 +293,7 @@ STEPS: dict[str, Step] = {
     "release": lambda ledger, number: ledger.release(number, ""),
 }
 LEGAL = {
-    State.RESERVED: {"renew_token", "bind", "activate", "hold", "rollback", "release"},
+    State.RESERVED: {"renew_token", "bind", "activate", "rollback", "release"},
     State.ACTIVE: {"renew_token", "bind", "hold", "drop_leases", "release"},
     State.HELD: {"renew_token", "bind", "hold", "drop_leases", "release"},
     State.RELEASED: {"release"},
@@ -326,10 +326,14 @@ def test_every_step_from_every_state_is_legal_or_refused(ledger: Ledger, state: 
         ledger.release(before.id, "next")
 
 
-def test_hold_of_what_never_had_a_container_is_refused(ledger: Ledger) -> None:
-    first = ledger.reserve(claim(), granting(unit(1)))
-    with pytest.raises(LedgerError, match="never had a container"):
-        ledger.hold(first.id, until=None, reason="")
+def test_failure_by_failure_nobody_collects_units(ledger: Ledger) -> None:
+    first = running(ledger, unit(1))
+    ledger.hold(first.id, until=None, reason="stopped")
+    for number in (2, 3, 4):
+        ledger.reserve(claim(), granting(unit(number)))
+        with pytest.raises(LedgerError, match="hold needs"):
+            ledger.hold(first.id, until=None, reason="the start failed")
+        assert held(ledger.rollback(first.id, "the start failed")) == {"MIG-1"}
 
 
 def test_every_change_has_its_audit_row(ledger: Ledger) -> None:
