@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 from tornado import web
 
+from .containers.accounts import uid_problems
 from .containers.network import bridge_name
 from .errors import Ds01Error, EngineError, PolicyInvalid, SettingsInvalid
 from .launch import Person
@@ -72,6 +73,11 @@ def setup(c: Any, **fields: Any) -> Settings:
 
 def _prepare(runtime: Runtime) -> None:
     settings = runtime.settings
+    overlaps = () if settings.unix_accounts else uid_problems(settings.uid_range)
+    if overlaps:
+        # A uid that somebody else's user namespace maps would open a Hub user's files to them.
+        lines = "\n  ".join(str(problem) for problem in overlaps)
+        raise SettingsInvalid(f"the uids for Hub users are not free:\n  {lines}")
     for problem in runtime.policies.problems:
         log.warning("%s", problem)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .containers import aime
 from .containers.accounts import Account, AccountWriter, uid_taken, unix_account, unix_groups
-from .containers.catalogue import Catalogue, architecture_of_box, open_catalogue
+from .containers.catalogue import Catalogue, architecture_of_box, find_catalogue, open_catalogue
 from .containers.cgroups import CgroupParents, open_cgroups
 from .containers.engine import Engine, EngineInfo
 from .containers.firewall import ensure_rules, verify_rules
@@ -117,7 +117,7 @@ class Runtime:
 
     def catalogue(self) -> Catalogue:
         """AIME's image catalogue, read again when the file changed; empty where none is installed."""
-        path = self.settings.catalogue
+        path = self.settings.catalogue or find_catalogue()
         if path is None:
             return Catalogue()
         return _catalogue(path, path.stat().st_mtime_ns if path.exists() else 0)

@@ -42,7 +42,9 @@ class Settings(BaseModel):
     service_port: int = Field(8082, ge=1, le=65535, description="Port of the service on the gateway address.")
     uid_range: tuple[int, int] = Field((70000, 99999), description="First and last uid given to Hub users.")
     unix_accounts: bool = Field(False, description="Hub names are Unix accounts of this host.")
-    catalogue: Path | None = Field(None, description="AIME's ml_images.repo, where it is installed.")
+    catalogue: Path | None = Field(
+        None, description="AIME's ml_images.repo; null: the first of its usual places that exists."
+    )
     start_concurrency: int | None = Field(None, ge=1, description="Starts at a time; null: 2.5 per core.")
     unsafe_no_isolation: bool = Field(
         False,

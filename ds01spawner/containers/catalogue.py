@@ -28,6 +28,9 @@ _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 _LIST = re.compile(r"\[([^\[\]]*)\]")
 _COMMENT = re.compile(r"(^|\s)#.*$")
 
+USUAL_PLACES = (Path("/opt/aime-mlc/ml_images.repo"), Path("/opt/aime-ml-containers/ml_images.repo"))
+"""Where AIME's own instructions put the tools."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -103,6 +106,11 @@ def architecture_of_box(capabilities: Iterable[tuple[int, int] | None]) -> str |
     older GPUs than theirs and never on newer ones."""
     known = [capability for capability in capabilities if capability is not None]
     return architecture_of(max(known)) if known else None
+
+
+def find_catalogue(places: Iterable[Path] = USUAL_PLACES) -> Path | None:
+    """Where AIME's catalogue is installed on this host, or None."""
+    return next((place for place in places if place.is_file()), None)
 
 
 def open_catalogue(path: Path | None) -> Catalogue:
