@@ -384,6 +384,7 @@ class Allocation:
         token: fencing token; grows over the whole ledger, never used twice.
         container_token: the token that the bound container carries (another one only while it is being replaced).
         spec_hash: hash of what the container was created with (decides reuse, update or re-creation).
+        created_at: when the row was made; reserved_at: when it was last reserved (a used allocation is reserved anew).
         first_started_at: start of the runtime clock; held_until: end of a GPU hold (None = no end while held).
     """
 
@@ -404,6 +405,7 @@ class Allocation:
     container_token: int | None = None
     spec_hash: str | None = None
     created_at: datetime | None = None
+    reserved_at: datetime | None = None
     activated_at: datetime | None = None
     first_started_at: datetime | None = None
     stopped_at: datetime | None = None

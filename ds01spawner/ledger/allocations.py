@@ -224,12 +224,13 @@ class Allocations(Operations):
 
     def _insert(self, connection: Connection, claim: Claim, admission: Admission) -> int:
         token = self._new_token(connection, None)
-        values = _asked(claim, admission) | {
+        now = self._now()
+        values = _asked(claim, admission, now) | {
             "token": token,
             "owner": claim.user,
             "server_name": claim.server_name,
             "image": admission.image,
-            "created_at": self._now(),
+            "created_at": now,
         }
         key = connection.execute(_INSERT, values).inserted_primary_key
         if key is None:
@@ -239,7 +240,7 @@ class Allocations(Operations):
 
     def _reuse(self, connection: Connection, before: Allocation, claim: Claim, admission: Admission) -> int:
         # A start that died between renew_token and bind left a token that no container carries.
-        values = _asked(claim, admission) | {"token": _settled_token(before)}
+        values = _asked(claim, admission, self._now()) | {"token": _settled_token(before)}
         connection.execute(_UPDATE, {"wanted_id": before.id, **values})
         return before.id
 
@@ -370,7 +371,7 @@ def _refuse_taken(units: Collection[str], usage: Usage) -> None:
         )
 
 
-def _asked(claim: Claim, admission: Admission) -> dict[str, Any]:
+def _asked(claim: Claim, admission: Admission, now: datetime) -> dict[str, Any]:
     """What every reserve writes, on a new allocation and on a used one."""
     return {
         "group_name": claim.group,
@@ -379,6 +380,7 @@ def _asked(claim: Claim, admission: Admission) -> dict[str, Any]:
         "uid": claim.uid,
         "request": admission.request,
         "limits": admission.limits,
+        "reserved_at": now,
         "reason": "",
     }
 

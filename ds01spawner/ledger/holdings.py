@@ -69,7 +69,10 @@ _STATE = {state.value: state for state in State}
 # Statements of every start, made once. Ordered in Python: the database would walk through all of history for it.
 _LIVE_UNITS = select(leases.c.allocation_id, leases.c.unit_uuid, leases.c.share).where(live(leases))
 _LIVE_HEADS = select(
-    *(allocations.c[name] for name in ("id", "owner", "group_name", "server_name", "state", "created_at", "held_until"))
+    *(
+        allocations.c[name]
+        for name in ("id", "owner", "group_name", "server_name", "state", "reserved_at", "held_until")
+    )
 ).where(_live_allocation)
 _BY_ID = select(allocations).where(allocations.c.id == bindparam("wanted_id"))
 _BY_SERVER = select(allocations.c.id).where(
@@ -164,6 +167,7 @@ def _allocation(row: RowMapping, held: Iterable[Lease]) -> Allocation:
         container_token=row["container_token"],
         spec_hash=row["spec_hash"],
         created_at=row["created_at"],
+        reserved_at=row["reserved_at"],
         activated_at=row["activated_at"],
         first_started_at=row["first_started_at"],
         stopped_at=row["stopped_at"],

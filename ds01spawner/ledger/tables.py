@@ -133,6 +133,7 @@ allocations = _table(
     Column("container_token", BigInteger),
     Column("spec_hash", Text),
     _need("created_at", UtcDateTime),
+    _need("reserved_at", UtcDateTime),
     Column("activated_at", UtcDateTime),
     Column("first_started_at", UtcDateTime),
     Column("stopped_at", UtcDateTime),

@@ -120,11 +120,13 @@ def test_reserve_refuses_one_unit_twice(ledger: Ledger) -> None:
         ledger.reserve(claim(), granting(unit(1), unit(1)))
 
 
-def test_reserve_uses_a_live_allocation_again_and_keeps_its_token(ledger: Ledger) -> None:
+def test_reserve_uses_a_live_allocation_again_and_keeps_its_token(ledger: Ledger, clock: Clock) -> None:
     first = running(ledger, unit(1), unit(2))
     ledger.hold(first.id, until=None, reason="stopped")
+    clock.turn(minutes=5)
     again = ledger.reserve(Claim("alice", "", "students", ("students", "all"), 70000), granting(unit(2), unit(3)))
     assert (again.id, again.token, again.state) == (first.id, first.token, State.RESERVED)
+    assert (again.created_at, again.reserved_at) == (first.created_at, clock.now)
     assert (again.group, again.groups) == ("students", ("students", "all"))
     assert {lease.unit_uuid: lease.wanted for lease in again.leases} == {"MIG-1": False, "MIG-2": True, "MIG-3": True}
     with pytest.raises(UnitTaken):  # the old container still names it

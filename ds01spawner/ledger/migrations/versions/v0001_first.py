@@ -73,6 +73,7 @@ def _allocations() -> None:
         sa.Column("container_token", sa.BigInteger),
         sa.Column("spec_hash", sa.Text),
         sa.Column("created_at", _TIME, nullable=False),
+        sa.Column("reserved_at", _TIME, nullable=False),
         sa.Column("activated_at", _TIME),
         sa.Column("first_started_at", _TIME),
         sa.Column("stopped_at", _TIME),
