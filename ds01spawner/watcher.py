@@ -22,7 +22,8 @@ from .containers import occupancy
 from .containers.engine import ContainerFacts
 from .containers.host import boot_id, container_of_pid
 from .errors import Ds01Error, EngineError, InventoryError
-from .gpu.inventory import GpuProcess, InventorySource, open_inventory
+from .gpu.inventory import open_inventory
+from .gpu.source import GpuProcess, InventorySource
 from .model import External, Inventory, Snapshot
 from .runtime import Runtime
 from .settings import load_settings

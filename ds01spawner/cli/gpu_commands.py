@@ -14,7 +14,8 @@ from rich.text import Text
 from ds01spawner import admission
 from ds01spawner.errors import Alternative, PolicyInvalid, Refusal
 from ds01spawner.gpu.held import Held, read_held
-from ds01spawner.gpu.inventory import InventorySource, open_inventory
+from ds01spawner.gpu.inventory import open_inventory
+from ds01spawner.gpu.source import InventorySource
 from ds01spawner.ledger.store import Ledger
 from ds01spawner.model import External, GpuAsk, GpuKind, Inventory, Limits, Request, Snapshot, Unit, Usage
 from ds01spawner.policy.load import read_policy

@@ -1,79 +1,14 @@
-"""Where the list of GPUs comes from: one interface, three sources (NVML, a simulated box, none).
-
-Only the watcher keeps a source open; everybody else reads the snapshot that it writes. A source that cannot be
-read raises InventoryError and never answers "no GPUs": nobody may conclude that a unit is gone, or free, from a
-failure.
-"""
+"""Which source of GPUs this installation reads: NVML, a simulated box, or none."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from ds01spawner.errors import InventoryError
-from ds01spawner.model import External, Inventory
 
-
-@dataclass(frozen=True)
-class GpuProcess:
-    """A host process that has the unit open. `memory_bytes` is what it holds there; None where unknown."""
-
-    unit_uuid: str
-    pid: int
-    memory_bytes: int | None = None
-
-
-class InventorySource(ABC):
-    """Something that can tell the GPUs of this box. Safe to call from several threads."""
-
-    @abstractmethod
-    def read(self) -> Inventory:
-        """All GPUs and units now, unhealthy ones with their reason.
-
-        Raises:
-            InventoryError: they cannot be told at all.
-        """
-
-    @abstractmethod
-    def processes(self) -> tuple[GpuProcess, ...]:
-        """Host processes that use a unit, by unit and pid.
-
-        A unit whose processes cannot be told is no evidence of an idle unit: `read` gives it a problem.
-
-        Raises:
-            InventoryError: nothing can be told at all.
-        """
-
-    def external(self) -> tuple[External, ...]:
-        """Holders that only the source knows (simulated boxes pretend to have some)."""
-        return ()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back what was opened. A later `read` opens it again."""
-
-    def __enter__(self) -> InventorySource:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class NoInventory(InventorySource):
-    """A box without GPUs."""
-
-    def read(self) -> Inventory:
-        return Inventory((), "none")
-
-    def processes(self) -> tuple[GpuProcess, ...]:
-        return ()
-
-    def close(self) -> None:
-        pass
+from .nvml import NvmlInventory, nvml_has_devices
+from .simulated import SimulatedInventory
+from .source import InventorySource, NoInventory
 
 
 def open_inventory(setting: str) -> InventorySource:
@@ -86,9 +21,6 @@ def open_inventory(setting: str) -> InventorySource:
         InventoryError: with `auto`, NVML is installed but does not work (a driver mismatch is not "no GPUs");
             otherwise, the simulated box's file is wrong.
     """
-    from .nvml import NvmlInventory, nvml_has_devices
-    from .simulated import SimulatedInventory
-
     if setting == "none":
         return NoInventory()
     if setting == "nvml":

@@ -19,7 +19,6 @@ import pynvml
 from ds01spawner.errors import InventoryError
 from ds01spawner.model import Gpu, Inventory, Unit, mark
 
-from .inventory import GpuProcess, InventorySource
 from .nvml_board import (
     Board,
     Handle,
@@ -36,6 +35,7 @@ from .nvml_board import (
     still_there,
     walk,
 )
+from .source import GpuProcess, InventorySource
 
 WALK_EVERY_S = 60.0
 """How long a list of MIG instances is used before the index is walked again; what ends is seen at once."""

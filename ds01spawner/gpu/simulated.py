@@ -30,8 +30,8 @@ import yaml
 from ds01spawner.errors import InventoryError
 from ds01spawner.model import External, Gpu, Inventory, Unit
 
-from .inventory import GpuProcess, InventorySource
 from .mig import GEOMETRIES, MIB, Geometry, fit, geometry_of, mask
+from .source import GpuProcess, InventorySource
 
 _NAMESPACE = uuids.UUID("5d9f3a0e-2f0b-5c39-9a5e-0d501d501d50")
 _SAME_CPU = 20

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from ds01spawner.errors import InventoryError
-from ds01spawner.gpu.inventory import NoInventory, open_inventory
+from ds01spawner.gpu.inventory import open_inventory
 from ds01spawner.gpu.simulated import SimulatedInventory
+from ds01spawner.gpu.source import NoInventory
 from ds01spawner.model import Inventory
 
 DEMO = Path(__file__).parents[2] / "deploy" / "demo-box.yaml"

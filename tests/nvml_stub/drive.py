@@ -13,7 +13,8 @@ from itertools import count
 from typing import Any
 
 from ds01spawner.errors import InventoryError
-from ds01spawner.gpu.inventory import InventorySource, open_inventory
+from ds01spawner.gpu.inventory import open_inventory
+from ds01spawner.gpu.source import InventorySource
 from ds01spawner.gpu.nvml import NvmlInventory
 from ds01spawner.model import plain
 
