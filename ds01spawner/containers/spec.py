@@ -178,6 +178,14 @@ def simulated_unit(path_in_container: str) -> str | None:
     return path_in_container[len(SIMULATED_FOLDER) :] or None
 
 
+def named_units(container: ContainerFacts) -> frozenset[str]:
+    """Units that a container of ours was created with, by uuid: what `plan_devices` gave it, read back."""
+    found = {unit for node in container.devices if (unit := simulated_unit(node.container)) is not None}
+    for request in container.device_requests:
+        found |= {name.removeprefix(f"{CDI_KIND}=") for name in request.device_ids}
+    return frozenset(found)
+
+
 def _device_parts(plan: DevicePlan) -> dict[str, Any]:
     requests: list[dict[str, Any]] = []
     if plan.cdi:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, select
@@ -10,7 +11,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam,
 from ds01spawner.model import Allocation, Holding, Lease, State, Usage
 
 from .part import Part
-from .tables import allocations, leases, live, tokens
+from .tables import allocations, leases, live, meta, tokens
 
 _BATCH = 500  # ids per query; SQLite takes at most 999 parameters in old versions
 
@@ -61,6 +62,19 @@ class Holdings(Part):
         owner = select(tokens.c.allocation_id).where(tokens.c.token == token).scalar_subquery()
         with self._db.read() as connection:
             return one(connection, allocations.c.id == owner)
+
+    def origin(self, token: int) -> tuple[Allocation, datetime] | None:
+        """The allocation to which `token` was ever given, and when it was given; None as for `by_token`."""
+        given = select(tokens.c.allocation_id, tokens.c.given_at).where(tokens.c.token == token)
+        with self._db.read() as connection:
+            row = connection.execute(given).first()
+            found = by_id(connection, row[0]) if row is not None else None
+        return None if row is None or found is None else (found, row[1])
+
+    def last_token(self) -> int:
+        """The highest token that was ever given; 0 before the first."""
+        with self._db.read() as connection:
+            return int(connection.scalar(select(meta.c.token)) or 0)
 
 
 _live_allocation = live(allocations)
