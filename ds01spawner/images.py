@@ -18,6 +18,7 @@ class SavedImage:
     Attributes:
         ref: its name in Docker. base: the image it was first made from. server_name: the server it was saved from.
         layers: layers above the base. size: bytes above the base.
+        aside: the server has begun anew since; only a wish takes it up again.
     """
 
     ref: str
@@ -26,6 +27,7 @@ class SavedImage:
     server_name: str
     layers: int = 0
     size: int = 0
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,17 @@ class ImageChoice:
         base: the image of the policy that this lineage goes back to (decides tags, labels and re-basing).
         source: what the container is created from: `base` itself or a saved image.
         saved: the saved image, if `source` is one.
+        anew: this very source is wished for, not what the server went on with before.
     """
 
     base: str
     source: str
     saved: SavedImage | None = None
+    anew: bool = False
+
+    def leaves(self, made_from: str) -> bool:
+        """True if a container that was made from the image of that id must not go on as this choice."""
+        return self.anew and (self.saved is None or self.saved.image_id != made_from)
 
 
 def profile_image(profile: Profile, newest: Callable[[str, str | None], str | None]) -> str:
@@ -70,28 +78,34 @@ def choose_image(request: Request, profile: Profile, default: str, saved: Sequen
 
     Without a wish: what was saved from this very server on the same base goes on, else the profile's image.
     A wish must be the profile's image, match one of its `images` patterns (shell patterns on the whole
-    reference, digest included), or be one of the owner's own saved images.
+    reference, digest included), or be one of the owner's own saved images. A fresh start takes an image of the
+    policy as it is, whatever was saved on it.
+
+    Args:
+        default: the profile's image. saved: of the owner, oldest first.
 
     Raises:
         Refusal: image_not_allowed.
     """
-    newest_first = list(reversed(saved))
-    wish = request.image
-    if wish is None or wish == default:
-        own = next((s for s in newest_first if s.server_name == request.server_name and s.base == default), None)
-        return ImageChoice(default, own.ref if own else default, own)
-    mine = next((s for s in newest_first if s.ref == wish), None)
+    wish = request.image or default
+    mine = next((s for s in saved if s.ref == wish), None)
     if mine is not None and allowed(mine.base, profile, default):
-        return ImageChoice(mine.base, mine.ref, mine)
+        return ImageChoice(mine.base, mine.ref, mine, anew=True)
     if mine is None and allowed(wish, profile, default):
-        own = next((s for s in newest_first if s.server_name == request.server_name and s.base == wish), None)
-        return ImageChoice(wish, own.ref if own else wish, own)
+        own = None if request.fresh else continued(saved, request.server_name, wish)
+        return ImageChoice(wish, own.ref if own else wish, own, anew=request.fresh)
     raise Refusal(
         Code.IMAGE_NOT_ALLOWED,
         f"Image {wish!r} is not offered by profile {profile.title or profile.name!r}.",
         facts={"image": wish, "profile": profile.name},
         alternatives=[Alternative(f"the profile's own image {default}", {"profile": profile.name})],
     )
+
+
+def continued(saved: Sequence[SavedImage], server_name: str, base: str) -> SavedImage | None:
+    """What a server goes on with on that base: its newest saved image (`saved` is oldest first), if any."""
+    own = (s for s in reversed(saved) if s.server_name == server_name and s.base == base and not s.aside)
+    return next(own, None)
 
 
 def allowed(image: str, profile: Profile, default: str) -> bool:

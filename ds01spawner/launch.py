@@ -26,7 +26,7 @@ from .errors import Code, Ds01Error, EngineError, HostError, Refusal
 from .form.choice import choose
 from .form.request import SpawnRequest
 from .images import ImageChoice, SavedImage, choose_image, profile_image
-from .keep import forget_missing, keep_changes, saved_images
+from .keep import begin_anew, forget_missing, keep_changes, saved_images
 from .ledger.records import Claim, RequestRecord
 from .model import Admission, Allocation, Limits, Snapshot, Usage
 from .policy.quantity import format_size
@@ -114,6 +114,13 @@ class Launch:
         self._started = False
         self._replaced = False
         self._allocation: Allocation | None = None
+
+    @property
+    def once(self) -> tuple[str, ...]:
+        """Options that were meant for this start only: to begin anew is nothing to repeat."""
+        if not self._image.anew:
+            return ()
+        return ("fresh",) if self._image.saved is None else ("fresh", "image")
 
     def cancel(self) -> None:
         """Make the running step stop at its next safe point."""
@@ -294,7 +301,7 @@ class Launch:
             self._require_own(old)
             spec = build_spec(runtime, hub, plan)
             reuse = decide_reuse(old, self._must().spec_hash, spec)
-            if reuse in (Reuse.START, Reuse.UPDATE):
+            if reuse in (Reuse.START, Reuse.UPDATE) and not plan.image.leaves(old.image_id):
                 self._use_again(old, spec, reuse)
                 return
             plan = self._replace(old, plan)
@@ -307,6 +314,8 @@ class Launch:
         self._made = self._create(spec)
         self.container_id = self._made
         self._bind(spec)
+        if plan.image.anew:
+            begin_anew(runtime, self._person.name, self._server, self.container_name, plan.image)
 
     def _create(self, spec: ContainerSpec) -> str:
         try:
@@ -349,7 +358,7 @@ class Launch:
         self._check()
         self._runtime.engine.remove(old.id)
         self._replaced = True
-        if kept is None or not same_base:
+        if kept is None or not same_base or plan.image.leaves(old.image_id):
             return plan
         facts = self._runtime.engine.image_facts(kept.ref)
         return plan if facts is None else plan.from_saved(kept, facts)

@@ -216,6 +216,7 @@ class Request:
         gpu: the GPU part; None = what the profile's size says.
         cpus, memory: wanted less than the limit; None = the limit.
         project: folder below the user's workspace that becomes /workspace; None = the whole workspace.
+        fresh: begin from the image itself, leaving aside what this server changed or saved before.
         door: form, query, rest, cli, admin.
     """
 
@@ -227,6 +228,7 @@ class Request:
     cpus: float | None = None
     memory: int | None = None
     project: str | None = None
+    fresh: bool = False
     door: str = "form"
 
 

@@ -176,6 +176,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
                 self.api_token = job.api_token
             log.add(START, "Starting the container")
             address = await self._step(job, job.start)
+            if job.once:  # the Hub keeps the options for starts that name none (REST without a body, its admin page)
+                self.orm_spawner.user_options = {k: v for k, v in self.user_options.items() if k not in job.once}
             log.add(ANSWER, "Jupyter is starting; waiting for its first answer")
             if queued:
                 self._release_slot_when_answered()

@@ -31,6 +31,8 @@ MAX_FIELDS = 32
 MAX_TEXT = 256
 IMAGE_FIELD = "image:"
 """Prefix of the form's image selectors, one per profile: an image never travels with the wrong profile."""
+FRESH_CHOICE = "@fresh"
+"""What such a selector sends for the field `fresh`; no image reference begins like that."""
 
 RESERVED_PREFIX = "__jupyterhub_"
 """Keys that JupyterHub keeps for itself in `user_options` since 6.1."""
@@ -82,6 +84,9 @@ class SpawnRequest(BaseModel):
     cpus: float | None = Field(None, description="Cores, to take fewer than the size gives.")
     memory: int | None = Field(None, description='Memory as a size text such as "16g", to take less than given.')
     project: str | None = Field(None, description="Folder below the workspace that becomes /workspace.")
+    fresh: bool = Field(
+        False, description="Begin from the image itself; what this server had changed is saved and listed, not used."
+    )
 
     @field_validator("profile", "size", mode="before")
     @classmethod
@@ -156,6 +161,15 @@ class SpawnRequest(BaseModel):
                 raise ValueError(f"must be {wanted}, not {_shown(value)}")
         return value
 
+    @field_validator("fresh", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        if isinstance(value, str) and value in ("true", "false"):
+            return value == "true"
+        if type(value) is not bool:
+            raise ValueError(f"must be true or false, not {_shown(value)}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> SpawnRequest:
         if self.gpu_kind is GpuKind.NONE and (self.gpus or self.mig_profile):
@@ -203,6 +217,7 @@ class SpawnRequest(BaseModel):
             cpus=asked.cpus,
             memory=asked.memory,
             project=asked.project,
+            fresh=asked.fresh,
             door=door,
         )
 
@@ -248,9 +263,10 @@ def options_from_form(formdata: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
     """The HTML form's fields as `user_options`.
 
     `choice` ("profile/size", one radio button) is split, and of the image selectors (`image:<profile>`) the chosen
-    profile's counts. Fields that are not ours (`_xsrf`) are ignored and empty ones dropped. A field sent twice stays
-    a list, so that `SpawnRequest.parse` refuses it instead of guessing. Plain `profile` and `size` fields (hidden: the
-    preselected card) count only without a `choice`: browsers do not send a card that is greyed out.
+    profile's counts, where `FRESH_CHOICE` stands for `fresh`. Fields that are not ours (`_xsrf`) are ignored and empty
+    ones dropped. A field sent twice stays a list, so that `SpawnRequest.parse` refuses it instead of guessing. Plain
+    `profile` and `size` fields (hidden: the preselected card) count only without a `choice`: browsers do not send a
+    card that is greyed out.
     """
     options: dict[str, Any] = {}
     for name in SpawnRequest.model_fields:
@@ -261,6 +277,9 @@ def options_from_form(formdata: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         options.pop("size", None)
         options |= {"profile": profile, "size": size} if size else {"profile": profile}
         _take(options, "image", formdata.get(f"{IMAGE_FIELD}{profile}", ()))
+        if options.get("image") == FRESH_CHOICE:
+            del options["image"]
+            options["fresh"] = True
     elif choice:
         options["profile"] = choice
     return options

@@ -360,3 +360,28 @@ def test_choose_offers_what_there_is_instead() -> None:
 @given(st.integers(min_value=2**27, max_value=2**50))
 def test_a_size_written_into_the_form_reads_back(size: int) -> None:
     assert parse({"memory": exact_size(size)}).memory == size
+
+
+# --------------------------------------------------------------------------- begin anew
+
+
+@pytest.mark.parametrize(
+    ("value", "fresh"), [(True, True), (False, False), ("true", True), (["true"], True), (None, False)]
+)
+def test_fresh_is_yes_or_no(value: Any, fresh: bool) -> None:
+    assert SpawnRequest.parse({"fresh": value}, server_name="", door="rest").fresh is fresh
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", "True", "", [], ["true", "true"], {}])
+def test_fresh_is_nothing_else(value: Any) -> None:
+    with pytest.raises(Refusal) as caught:
+        SpawnRequest.parse({"fresh": value}, server_name="", door="rest")
+    assert caught.value.code is Code.BAD_REQUEST
+    assert "fresh must be true or false" in caught.value.message
+
+
+def test_the_image_selector_may_ask_for_a_fresh_start() -> None:
+    sent = {"choice": ["p/s"], "image:p": ["@fresh"], "image:q": ["lab/x:1"]}
+    assert options_from_form(sent) == {"profile": "p", "size": "s", "fresh": True}
+    with pytest.raises(Refusal):
+        SpawnRequest.parse({"image": "@fresh"}, server_name="", door="rest")
