@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from ds01spawner.cli.admin import main
 from ds01spawner.errors import Code, Ds01Error
+from ds01spawner.form.request import SpawnRequest
 from ds01spawner.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,11 @@ def test_docs_explain_every_setting(name: str) -> None:
     default = Settings.model_fields[name].get_default()
     wanted = {None: "none", "": "none", True: "on", False: "off"}.get(default, str(default))
     assert shown == wanted, f"docs/admin.md says that {name} is {shown} by default; it is {wanted}"
+
+
+@pytest.mark.parametrize("name", SpawnRequest.model_fields)
+def test_docs_explain_every_field_of_a_request(name: str) -> None:
+    assert re.search(rf"^\| `{name}` \|", TEXTS["docs/user.md"], re.MULTILINE), f"docs/user.md has no row for {name}"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
