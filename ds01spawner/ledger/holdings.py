@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam, select
@@ -11,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Select, bindparam,
 from ds01spawner.model import Allocation, Holding, Lease, State, Usage
 
 from .part import Part
-from .tables import allocations, leases, live, meta, tokens
+from .tables import USAGE_HEADS, USAGE_UNITS, allocations, leases, live, meta, tokens
 
 _BATCH = 500  # ids per query; SQLite takes at most 999 parameters in old versions
 
@@ -81,13 +82,8 @@ _live_allocation = live(allocations)
 _STATE = {state.value: state for state in State}
 
 # Statements of every start, made once. Ordered in Python: the database would walk through all of history for it.
-_LIVE_UNITS = select(leases.c.allocation_id, leases.c.unit_uuid, leases.c.share).where(live(leases))
-_LIVE_HEADS = select(
-    *(
-        allocations.c[name]
-        for name in ("id", "owner", "group_name", "server_name", "state", "reserved_at", "held_until")
-    )
-).where(_live_allocation)
+_LIVE_UNITS = select(*(leases.c[name] for name in USAGE_UNITS[:3])).where(live(leases))
+_LIVE_HEADS = select(*(allocations.c[name] for name in USAGE_HEADS)).where(_live_allocation)
 _BY_ID = select(allocations).where(allocations.c.id == bindparam("wanted_id"))
 _BY_SERVER = select(allocations.c.id).where(
     allocations.c.owner == bindparam("wanted_owner"),
@@ -106,7 +102,8 @@ def usage_of(connection: Connection, own: tuple[str, str] | None) -> Usage:
         units.setdefault(number, {})[uuid] = share
     mine: Holding | None = None
     others: list[Holding] = []
-    for number, owner, group, server, state, since, until in sorted(map(tuple, connection.execute(_LIVE_HEADS))):
+    heads = sorted(connection.execute(_LIVE_HEADS).all(), key=itemgetter(0))
+    for number, owner, group, server, state, since, until in heads:
         holding = Holding(owner, group, server, _STATE[state], units.get(number, {}), since, until)
         if own == (owner, server):
             mine = holding

@@ -116,6 +116,10 @@ meta = _table(
 )
 """One row: this installation's uuid and the highest token ever given."""
 
+USAGE_HEADS = ("id", "owner", "group_name", "server_name", "state", "reserved_at", "held_until")
+USAGE_UNITS = ("allocation_id", "unit_uuid", "share", "state")
+"""What quotas are counted from. An index holds exactly these, so that counting reads no long row."""
+
 allocations = _table(
     "allocations",
     _need("token", BigInteger),
@@ -125,8 +129,6 @@ allocations = _table(
     _need("server_name", Text),
     _need("state", Text, CheckConstraint(STATES_SQL)),
     _need("uid", BigInteger),
-    _need("request", JsonText),
-    _need("limits", JsonText),
     _need("image", Text),
     Column("container_id", Text),
     Column("container_name", Text),
@@ -140,9 +142,12 @@ allocations = _table(
     Column("held_until", UtcDateTime),
     Column("released_at", UtcDateTime),
     _need("reason", Text),
+    _need("request", JsonText),
+    _need("limits", JsonText),
     Index("uq_allocations_live_server", "owner", "server_name", unique=True, **_where(LIVE_SQL)),
     Index("uq_allocations_live_container", "container_id", unique=True, **_where(LIVE_SQL)),
     Index("uq_allocations_token", "token", unique=True),
+    Index("ix_allocations_usage", *USAGE_HEADS, **_where(LIVE_SQL)),
     Index("ix_allocations_container", "container_id"),
 )
 
@@ -158,7 +163,7 @@ leases = _table(
     _need("since", UtcDateTime),
     Column("released_at", UtcDateTime),
     Index("uq_leases_live_unit", "unit_uuid", unique=True, **_where(LIVE_SQL)),
-    Index("ix_leases_live_allocation", "allocation_id", **_where(LIVE_SQL)),
+    Index("ix_leases_usage", *USAGE_UNITS, **_where(LIVE_SQL)),
     Index("ix_leases_allocation", "allocation_id"),
 )
 """`wanted` is false for a unit that the newest admission no longer names: it stays live until `activate`."""

@@ -487,6 +487,7 @@ def test_restart_finds_everything_again(ledger_url: str) -> None:
 
 def test_usage_does_not_walk_through_history(tmp_path: object) -> None:
     with Ledger.open(f"sqlite:///{tmp_path}/ledger.sqlite") as ledger, ledger._db.read() as connection:
-        for table in ("allocations", "leases"):
-            plan = connection.execute(text(f"EXPLAIN QUERY PLAN SELECT * FROM {table} WHERE {tables.LIVE_SQL}")).all()
-            assert "USING INDEX" in str(plan)
+        for table, columns in (("allocations", tables.USAGE_HEADS), ("leases", tables.USAGE_UNITS)):
+            query = f"EXPLAIN QUERY PLAN SELECT {', '.join(columns)} FROM {table} WHERE {tables.LIVE_SQL}"
+            plan = str(connection.execute(text(query)).all())
+            assert f"USING COVERING INDEX ix_{table}_usage" in plan

@@ -25,6 +25,7 @@ from ds01spawner.ledger.store import Ledger
 OPENER = """
 import sys
 from ds01spawner.ledger.store import Ledger
+print("ready", flush=True)
 sys.stdin.readline()
 with Ledger.open(sys.argv[1]) as ledger:
     print(ledger.instance, len(ledger.allocations()))
@@ -97,7 +98,14 @@ def test_race_of_eight_processes_opening_a_new_ledger(ledger_url: str) -> None:
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(8)
     ]
-    told = [opener.communicate("go\n", timeout=60) for opener in openers]
+    for opener in openers:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == "ready\n"
+    for opener in openers:
+        assert opener.stdin is not None
+        opener.stdin.write("go\n")
+        opener.stdin.flush()
+    told = [opener.communicate(timeout=60) for opener in openers]
     assert [error for _, error in told] == [""] * 8
     assert len({instance for instance, _ in told}) == 1
     with Ledger.open(ledger_url) as ledger:

@@ -67,7 +67,7 @@ def _allocations() -> None:
         *_text("groups", "server_name"),
         sa.Column("state", sa.Text, sa.CheckConstraint(_STATES), nullable=False),
         sa.Column("uid", sa.BigInteger, nullable=False),
-        *_text("request", "limits", "image"),
+        *_text("image"),
         sa.Column("container_id", sa.Text),
         sa.Column("container_name", sa.Text),
         sa.Column("container_token", sa.BigInteger),
@@ -79,12 +79,14 @@ def _allocations() -> None:
         sa.Column("stopped_at", _TIME),
         sa.Column("held_until", _TIME),
         sa.Column("released_at", _TIME),
-        *_text("reason"),
+        *_text("reason", "request", "limits"),
         sqlite_autoincrement=True,
     )
     _index("uq_allocations_live_server", "allocations", ["owner", "server_name"], unique=True, where=_LIVE)
     _index("uq_allocations_live_container", "allocations", ["container_id"], unique=True, where=_LIVE)
     _index("uq_allocations_token", "allocations", ["token"], unique=True)
+    heads = ["id", "owner", "group_name", "server_name", "state", "reserved_at", "held_until"]
+    _index("ix_allocations_usage", "allocations", heads, where=_LIVE)
     _index("ix_allocations_container", "allocations", ["container_id"])
     op.create_table(
         "tokens",
@@ -110,7 +112,7 @@ def _leases() -> None:
         sqlite_autoincrement=True,
     )
     _index("uq_leases_live_unit", "leases", ["unit_uuid"], unique=True, where=_LIVE)
-    _index("ix_leases_live_allocation", "leases", ["allocation_id"], where=_LIVE)
+    _index("ix_leases_usage", "leases", ["allocation_id", "unit_uuid", "share", "state"], where=_LIVE)
     _index("ix_leases_allocation", "leases", ["allocation_id"])
 
 
