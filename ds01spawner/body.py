@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from .containers import aime
@@ -13,8 +14,9 @@ from .containers.engine import ImageFacts
 from .containers.host import Folder
 from .containers.spec import Bind, ContainerSpec, DevicePlan, SpecInput, build, plan_devices, policy_binds
 from .containers.ulimits import daemon_ulimits
+from .errors import Code, HostError, Refusal
 from .images import ImageChoice, SavedImage
-from .model import Admission
+from .model import Admission, Mount
 from .policy.schema import Profile
 from .runtime import Runtime, box_architecture, framework_of
 
@@ -38,6 +40,7 @@ class HubSide:
     Attributes:
         environment: the Hub's variables, tokens included. command, args: of the single-user server; () = default.
         port: where it listens. extra_host_config, extra_create_kwargs: in docker-py's words.
+        token_lives: whether the Hub still takes a token that a stopped container carries; called from a thread.
     """
 
     environment: Mapping[str, str] = field(repr=False)
@@ -46,6 +49,7 @@ class HubSide:
     port: int
     extra_host_config: Mapping[str, Any] = field(default_factory=dict)
     extra_create_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    token_lives: Callable[[str], bool] = lambda token: bool(token)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,40 @@ class Plan:
     def from_saved(self, saved: SavedImage, facts: ImageFacts) -> Plan:
         """The same, created from what was just saved."""
         return replace(self, image=replace(self.image, source=saved.ref, saved=saved), image_facts=facts)
+
+
+def require_limits(admission: Admission) -> None:
+    """Refuse a limit of nothing: Docker reads 0 as "no limit", the policy means "none at all".
+
+    Raises:
+        Refusal: not_allowed, naming where the 0 comes from.
+    """
+    resources, limits = admission.resources, admission.limits
+    found = {"max_cpus": resources.cpus, "memory": resources.memory, "pids_limit": resources.pids_limit}
+    for key, value in found.items():
+        if value is not None and value <= 0:
+            source = limits.source(key) if limits[key] == value else "the profile"
+            raise Refusal(
+                Code.NOT_ALLOWED,
+                f"No server can start: {key} is {value:g} for you ({source}). Ask the admin to change that.",
+                facts={"limit": key, "value": value, "source": source},
+            )
+
+
+def require_folders(mounts: Iterable[Mount]) -> None:
+    """Refuse before anything is done if a folder of the policy is not there; Docker would say so halfway.
+
+    Raises:
+        HostError: storage_refused, naming it.
+    """
+    for mount in mounts:
+        if not Path(mount.host).is_dir():
+            raise HostError(
+                f"The folder {mount.host}, which the policy mounts at {mount.target}, is not on this server. Please "
+                "tell the admin; nothing was started.",
+                code=Code.STORAGE_REFUSED,
+                facts={"host": mount.host, "target": mount.target},
+            )
 
 
 def build_spec(runtime: Runtime, hub: HubSide, plan: Plan) -> ContainerSpec:

@@ -20,9 +20,9 @@ from tornado import web
 from .containers.accounts import uid_problems
 from .containers.network import bridge_name
 from .errors import Ds01Error, EngineError, PolicyInvalid, SettingsInvalid
-from .launch import Person
 from .policy.resolve import may_log_in
 from .runtime import Runtime, prepare_network
+from .scene import Person
 from .settings import SETTINGS_ENV, Settings
 
 log = logging.getLogger("ds01.setup")

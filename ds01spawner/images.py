@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
+from .containers import aime
 from .errors import Alternative, Code, Refusal
 from .model import Request
 from .policy.schema import Profile
+
+_ID = re.compile(r"(sha256:)?[0-9a-f]{4,64}")
+"""What Docker may take for (the beginning of) an image id."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class SavedImage:
     Attributes:
         ref: its name in Docker. base: the image it was first made from. server_name: the server it was saved from.
         layers: layers above the base. size: bytes above the base.
-        aside: the server has begun anew since; only a wish takes it up again.
+        aside: the server has begun anew since; only a wish takes it up again. at: when it was saved, if known.
     """
 
     ref: str
@@ -28,6 +34,7 @@ class SavedImage:
     layers: int = 0
     size: int = 0
     aside: bool = False
+    at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ def choose_image(request: Request, profile: Profile, default: str, saved: Sequen
     mine = next((s for s in saved if s.ref == wish), None)
     if mine is not None and allowed(mine.base, profile, default):
         return ImageChoice(mine.base, mine.ref, mine, anew=True)
-    if mine is None and allowed(wish, profile, default):
+    if mine is None and allowed(wish, profile, default) and (wish == default or not _hidden(wish)):
         own = None if request.fresh else continued(saved, request.server_name, wish)
         return ImageChoice(wish, own.ref if own else wish, own, anew=request.fresh)
     raise Refusal(
@@ -106,6 +113,12 @@ def continued(saved: Sequence[SavedImage], server_name: str, base: str) -> Saved
     """What a server goes on with on that base: its newest saved image (`saved` is oldest first), if any."""
     own = (s for s in reversed(saved) if s.server_name == server_name and s.base == base and not s.aside)
     return next(own, None)
+
+
+def _hidden(image: str) -> bool:
+    """True for what no pattern may reach: an image by its id (a pattern judges names), and the private or saved tag of
+    some container (its owner's alone)."""
+    return _ID.fullmatch(image) is not None or aime.SEPARATOR in image.rpartition("/")[2]
 
 
 def allowed(image: str, profile: Profile, default: str) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Final
 
 from .containers import aime
-from .containers.commit import CommittedImage, commit
-from .containers.engine import ContainerFacts
+from .containers.commit import CommittedImage, commit, discard
+from .containers.engine import ContainerFacts, ImageFacts
+from .errors import Code, EngineError, Refusal
 from .images import ImageChoice, SavedImage
 from .ledger.records import ImageRecord
 from .runtime import Runtime
+
+log = logging.getLogger("ds01.images")
 
 _ASIDE: Final = "private"
 """The ledger's kind of an image that is its owner's to choose and that no server goes on with by itself."""
@@ -22,9 +27,26 @@ def saved_images(runtime: Runtime, user: str) -> tuple[SavedImage, ...]:
     return tuple(_saved(record) for record in records)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What was saved of a container.
+
+    Attributes:
+        image: on its owner's list now. superseded: ids of images that nothing needs once the container is removed.
+    """
+
+    image: SavedImage
+    superseded: tuple[str, ...] = ()
+
+    def tidy(self, runtime: Runtime) -> None:
+        """Delete what is superseded. The container is gone; an image that cannot go stays, without an error."""
+        with suppress(EngineError):
+            discard(runtime.engine, self.superseded)
+
+
 def keep_changes(
     runtime: Runtime, user: str, server_name: str, old: ContainerFacts, *, max_size: int | None
-) -> SavedImage | None:
+) -> Kept | None:
     """Commit what a stopped container changed outside its mounts; None if that is nothing.
 
     The image gets a tag of its own that no later commit moves. An earlier one that the server went on with on the
@@ -49,7 +71,9 @@ def keep_changes(
         if image.ref != made.ref:
             runtime.engine.remove_image(image.ref)
             runtime.ledger.forget_image(image.ref, "a later commit holds all of it", actor=runtime.who)
-    return _saved(record)
+    if made.note:
+        log.warning("%s: %s", old.name, made.note)
+    return Kept(_saved(record), made.superseded)
 
 
 def begin_anew(runtime: Runtime, user: str, server_name: str, container_name: str, choice: ImageChoice) -> None:
@@ -82,6 +106,21 @@ def _line(runtime: Runtime, user: str, server_name: str, base: str) -> list[Imag
     ]
 
 
+def require_permitted(runtime: Runtime, user: str, ref: str, facts: ImageFacts) -> None:
+    """Refuse an image that is somebody else's saved one, however it was named.
+
+    A pattern such as `lab/*` matches the tags of what other users saved, and an engine may find an image by its id or
+    digest. An image that an admin gave a name of its own is judged by that name.
+
+    Raises:
+        Refusal: image_not_allowed.
+    """
+    named = ref in facts.tags or f"{ref}:latest" in facts.tags
+    record = runtime.ledger.find_image(ref) or (None if named else runtime.ledger.find_image(facts.id))
+    if record is not None and record.owner != user:
+        raise Refusal(Code.IMAGE_NOT_ALLOWED, f"Image {ref!r} is not yours to start.", facts={"image": ref})
+
+
 def forget_missing(runtime: Runtime, image: SavedImage) -> None:
     """Take an image that Docker no longer has off its owner's list."""
     runtime.ledger.forget_image(image.ref, "Docker no longer has it", actor=runtime.who)
@@ -100,7 +139,13 @@ def _record(user: str, server_name: str, made: CommittedImage) -> ImageRecord:
 
 
 def _saved(record: ImageRecord) -> SavedImage:
-    aside = record.kind == _ASIDE
     return SavedImage(
-        record.ref, record.image_id, record.base_image, record.server_name, record.layers, record.size, aside
+        ref=record.ref,
+        image_id=record.image_id,
+        base=record.base_image,
+        server_name=record.server_name,
+        layers=record.layers,
+        size=record.size,
+        aside=record.kind == _ASIDE,
+        at=record.created_at,
     )

@@ -1,94 +1,59 @@
-"""One start, step by step, and what takes it back. Plain functions that run in threads; no Hub, no event loop.
+"""One start, step by step. Plain functions that run in threads; no Hub, no event loop.
 
 A second spawner for another engine would reuse this order: admit (policy, quota, units in one transaction) → fetch
-the image → create (folders, cgroup, container) → start (verify, activate). Whatever fails, `undo` leaves no
-container that was not there before, no lease and no pending row (design, point 7).
+the image → create (folders, cgroup, container) → start (verify, activate) → finish. Whatever fails, `take_back`
+leaves no container that was not there before, no lease and no pending row (design, point 7).
 """
 
 from __future__ import annotations
 
-import asyncio
+import concurrent.futures
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from . import admission
-from .body import HubSide, Plan, build_spec
+from . import admission, servers, undo
+from .body import HubSide, Plan, build_spec, require_folders, require_limits
 from .containers import aime
 from .containers.cgroups import Aggregate
+from .containers.commit import disk_use
 from .containers.engine import ContainerFacts, EngineConflict, PullProgress
-from .containers.host import populate_welcome, prepare_home, prepare_workspace, verify_mounted
+from .containers.host import populate_welcome, prepare_home, prepare_workspace
 from .containers.spec import ContainerSpec, Reuse, api_token, decide_reuse
-from .errors import Code, Ds01Error, EngineError, HostError, Refusal
+from .errors import Busy, Code, Ds01Error, EngineError, Refusal
 from .form.choice import choose
 from .form.request import SpawnRequest
-from .images import ImageChoice, SavedImage, choose_image, profile_image
-from .keep import begin_anew, forget_missing, keep_changes, saved_images
-from .ledger.records import Claim, RequestRecord
-from .model import Admission, Allocation, Limits, Snapshot, Usage
+from .images import ImageChoice, choose_image, profile_image
+from .keep import begin_anew, forget_missing, keep_changes, require_permitted
+from .ledger.operations import Operation
+from .ledger.records import Claim
+from .model import Admission, Allocation, Snapshot, Usage
 from .policy.quantity import format_size
-from .policy.resolve import may_log_in, offered_profiles, resolve
-from .policy.schema import Policy, Profile
-from .progress import CREATE, GPU, IMAGE
+from .progress import CREATE, GPU, IMAGE, QUOTA
 from .runtime import Runtime, require_isolation
+from .scene import Asking, Person, look
+from .undo import Trail
+from .verify import address_of, last_words, memory_full, require_running, verify
 from .welcome import welcome_notebook
+
+log = logging.getLogger("ds01.launch")
 
 Report = Callable[..., None]
 
 SNAPSHOT_PATIENCE_S = 8.0
 """How long a GPU request waits for the watcher's next snapshot before it is refused as `inventory_stale`."""
-
-
-@dataclass(frozen=True)
-class Person:
-    """A Hub user with the Hub groups of this moment."""
-
-    name: str
-    hub_groups: tuple[str, ...] = ()
+PATIENCE_S = 120.0
+"""How long a start waits for another hand at the same server's container (a commit of gigabytes takes that long)."""
+DISK_WARN = 0.8
+"""Part of `max_container_disk` from which on its owner is told."""
 
 
 class Cancelled(Ds01Error):
     """The Hub gave this start up (timeout, DELETE while pending)."""
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Everything that is known before a request is judged, read once so that one start sees one truth."""
-
-    policy: Policy
-    snapshot: Snapshot | None
-    limits: Limits
-    profiles: tuple[Profile, ...]
-    saved: tuple[SavedImage, ...]
-
-
-def look(runtime: Runtime, person: Person) -> Scene:
-    """Policy, snapshot and limits of this moment.
-
-    Raises:
-        Refusal: not_allowed, when the policy does not name the user. PolicyInvalid: there never was a valid policy.
-    """
-    policy = runtime.policies.current()
-    unix = runtime.unix_groups(person.name)
-    if not may_log_in(policy, person.name, hub_groups=person.hub_groups, unix_groups=unix):
-        raise Refusal(
-            Code.NOT_ALLOWED,
-            f"{person.name} is in no group of this server's policy. Ask the admin to be added to one.",
-            facts={"user": person.name},
-        )
-    snapshot = runtime.ledger.read_snapshot()
-    limits = resolve(
-        policy,
-        person.name,
-        at=runtime.now(),
-        hub_groups=person.hub_groups,
-        unix_groups=unix,
-        has_mig=snapshot is not None and snapshot.inventory.has_mig,
-    )
-    return Scene(policy, snapshot, limits, offered_profiles(policy, limits), saved_images(runtime, person.name))
 
 
 class Launch:
@@ -96,24 +61,31 @@ class Launch:
 
     Attributes:
         container_id, container_name: once known. api_token: the Hub token inside a container that is used again.
-        current: the future of the running step, for whoever has to wait before taking things back.
+        current: the future of the running step, for `take_back` to wait for.
     """
 
     def __init__(self, runtime: Runtime, person: Person, server_name: str, report: Report) -> None:
-        self.container_id = ""
-        self.container_name = ""
         self.api_token: str | None = None
-        self.current: asyncio.Future[Any] | None = None
+        self.current: concurrent.futures.Future[Any] | None = None
         self._runtime = runtime
         self._person = person
         self._server = server_name
         self._report = report
         self._cancelled = threading.Event()
         self._held = ExitStack()
-        self._made: str | None = None
-        self._started = False
-        self._replaced = False
-        self._allocation: Allocation | None = None
+        self._operation: Operation | None = None
+        self._trail = Trail()
+        self._finished = False
+
+    @property
+    def container_id(self) -> str:
+        """The container of this start; "" before there is one."""
+        return self._trail.container
+
+    @property
+    def container_name(self) -> str:
+        """Its name; "" before it is known."""
+        return self._trail.container_name
 
     @property
     def once(self) -> tuple[str, ...]:
@@ -127,8 +99,11 @@ class Launch:
         self._cancelled.set()
 
     def _check(self) -> None:
+        """Stop here if the start was given up, or if another hand took it for dead and works on the container."""
         if self._cancelled.is_set():
             raise Cancelled("The start was cancelled.")
+        if self._operation is not None:
+            self._operation.check()
 
     # ---------------------------------------------------------------- admit
 
@@ -136,53 +111,79 @@ class Launch:
         """Judge the request and reserve what it gets, in one transaction. Every request becomes a row.
 
         Raises:
-            Refusal: the rules say no. Ds01Error: something is broken, and nothing was reserved.
+            Refusal: the rules say no. Ds01Error: something is broken. What was reserved is for `take_back`.
         """
-        usage: list[Usage] = []
-        scene: Scene | None = None
+        asking = Asking(self._person, self._server, door, options)
         try:
-            scene = look(self._runtime, self._person)
-            admission_ = self._reserve(scene, options, door, usage)
-        except Ds01Error as error:
-            self._record(scene, options, door, usage, error)
+            granted = self._reserve(asking)
+            require_folders(granted.mounts)
+        except Exception as error:
+            asking.write(self._runtime, error)
             raise
-        self._record(scene, options, door, usage, None)
-        return admission_
+        asking.write(self._runtime, None)
+        labels = ", ".join(f"{unit.mig_profile or unit.model} ({unit.label})" for unit in granted.units)
+        self._report(GPU, f"Reserved for you: {labels}" if labels else "No GPU asked for")
+        for note in granted.notes:
+            self._report(GPU, note)
+        return granted
 
-    def _reserve(self, scene: Scene, options: Mapping[str, Any], door: str, usage: list[Usage]) -> Admission:
+    def _reserve(self, asking: Asking) -> Admission:
         runtime = self._runtime
+        scene = asking.scene = look(runtime, self._person)
+        request = SpawnRequest.parse(asking.options, server_name=self._server, door=asking.door)
         self._account = runtime.account(self._person.name)
-        self.container_name = aime.container_name(self._server, self._account.uid)
-        request = SpawnRequest.parse(options, server_name=self._server, door=door)
+        self._trail.container_name = aime.container_name(self._server, self._account.uid)
         profile, size = choose(request, scene.profiles)
         default = profile_image(profile, runtime.newest_image(scene.snapshot))
         self._image = choose_image(request, profile, default, scene.saved)
         if (request.gpu or size.gpu.ask()).count:
             self._report(GPU, "Choosing a GPU")
-            scene = replace(scene, snapshot=self._fresh_snapshot(scene.snapshot))
+            scene = asking.scene = replace(scene, snapshot=self._fresh_snapshot(scene.snapshot))
         self._scene, self._profile, self._request = scene, profile, request
-
-        def decide(held: Usage) -> Admission:
-            usage[:] = [held]
-            return admission.check(
-                request, profile, size, self._image.base, scene.limits, held, scene.snapshot, runtime.now()
-            )
-
-        claim = Claim(self._person.name, self._server, scene.limits.group, scene.limits.groups, self._account.uid)
         granted: list[Admission] = []
 
-        def grant(held: Usage) -> Admission:
-            granted[:] = [decide(held)]
-            return granted[0]
+        def decide(held: Usage) -> Admission:
+            asking.usage = held
+            found = admission.check(
+                request, profile, size, self._image.base, scene.limits, held, scene.snapshot, runtime.now()
+            )
+            require_limits(found)
+            granted[:] = [found]
+            return found
 
-        self._allocation = runtime.ledger.reserve(claim, grant)
-        self._held.enter_context(runtime.ledger.operation(self._allocation.id, "start", runtime.who))
+        claim = Claim(self._person.name, self._server, scene.limits.group, scene.limits.groups, self._account.uid)
+        allocation = self._reserve_alone(claim, decide)
+        self._trail.allocation, asking.allocation_id = allocation, allocation.id
         self._admission = granted[0]
-        labels = ", ".join(f"{unit.mig_profile or unit.model} ({unit.label})" for unit in self._admission.units)
-        self._report(GPU, f"Reserved for you: {labels}" if labels else "No GPU asked for")
-        for note in self._admission.notes:
-            self._report(GPU, note)
         return self._admission
+
+    def _reserve_alone(self, claim: Claim, decide: Callable[[Usage], Admission]) -> Allocation:
+        """Reserve while no other hand is at this server: the row is taken before, where the server has one yet, so
+        that nobody can mistake the fresh reservation for a leftover."""
+        ledger = self._runtime.ledger
+        before = ledger.find(claim.user, claim.server_name)
+        if before is not None:
+            self._take_operation(before.id)
+            before = ledger.find(claim.user, claim.server_name)
+        self._trail.before = before
+        allocation = ledger.reserve(claim, decide)
+        if before is None or before.id != allocation.id:
+            self._take_operation(allocation.id)
+        return allocation
+
+    def _take_operation(self, allocation_id: int) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            self._check()
+            try:
+                ledger = self._runtime.ledger
+                self._operation = self._held.enter_context(ledger.operation(allocation_id, "start", self._runtime.who))
+                return
+            except Busy as busy:
+                if time.monotonic() >= deadline:
+                    raise
+                self._report(QUOTA, f"Waiting for the end of “{busy.facts.get('what', 'work')}” on your container")
+            time.sleep(0.25)
 
     def _fresh_snapshot(self, snapshot: Snapshot | None) -> Snapshot | None:
         """A fresh picture of the GPUs, waiting a little for it: a Hub that just started has its watcher starting."""
@@ -194,40 +195,16 @@ class Launch:
             snapshot = self._runtime.ledger.read_snapshot()
         return snapshot
 
-    def _record(
-        self,
-        scene: Scene | None,
-        options: Mapping[str, Any],
-        door: str,
-        usage: list[Usage],
-        error: Ds01Error | None,
-    ) -> None:
-        outcome = "granted" if error is None else "refused" if isinstance(error, Refusal) else "failed"
-        self._runtime.ledger.record_request(
-            RequestRecord(
-                user=self._person.name,
-                server_name=self._server,
-                door=door,
-                outcome=outcome,  # type: ignore[arg-type]
-                request=dict(options),
-                group=scene.limits.group if scene else None,
-                groups=scene.limits.groups if scene else (),
-                usage=usage[0] if usage else None,
-                policy_hash=scene.policy.hash if scene else "",
-                inventory_hash=scene.snapshot.inventory.fingerprint if scene and scene.snapshot else "",
-                code=error.code.value if error else "",
-                message=error.message if error else "",
-                allocation_id=self._allocation.id if self._allocation else None,
-            )
-        )
-
     # ---------------------------------------------------------------- image
 
-    def fetch_image(self) -> None:
+    def fetch_image(self, policy: str = "ifnotpresent") -> None:
         """Make sure that the image is on this machine; tells bytes while pulling.
 
+        Args:
+            policy: DockerSpawner's `pull_policy`: ifnotpresent, always, never, skip. A saved image is never pulled.
+
         Raises:
-            EngineError: image_missing or Docker away.
+            EngineError: image_missing or Docker away. Refusal: image_not_allowed.
         """
         self._check()
         engine, saved = self._runtime.engine, self._image.saved
@@ -235,14 +212,20 @@ class Launch:
         if facts is None and saved is not None:
             self._report(IMAGE, f"{saved.ref}, which you had saved, is gone; starting from {self._image.base}")
             forget_missing(self._runtime, saved)
-            self._image = ImageChoice(self._image.base, self._image.base)
-            facts = engine.image_facts(self._image.base)
-        if facts is None:
+            self._image = ImageChoice(self._image.base, self._image.base, anew=self._image.anew)
+            facts, saved = engine.image_facts(self._image.base), None
+        if saved is None and (policy == "always" or (facts is None and policy == "ifnotpresent")):
             self._report(IMAGE, f"Fetching {self._image.source}")
             facts = engine.pull(self._image.source, self._pulled)
             self._check()
+        if facts is None:
+            raise EngineError(
+                f"Image {self._image.source} is not on this server, and pull_policy says that it is never fetched.",
+                code=Code.IMAGE_MISSING,
+            )
+        require_permitted(self._runtime, self._person.name, self._image.source, facts)
         self._facts = facts
-        base = facts if self._image.saved is None else engine.image_facts(self._image.base)
+        base = facts if saved is None else engine.image_facts(self._image.base)
         # The base may have been pruned since: a saved image goes on without it.
         self._base_id = base.id if base else ""
         self._report(IMAGE, f"Image {self._image.base} is here", fraction=1.0)
@@ -301,7 +284,8 @@ class Launch:
             self._require_own(old)
             spec = build_spec(runtime, hub, plan)
             reuse = decide_reuse(old, self._must().spec_hash, spec)
-            if reuse in (Reuse.START, Reuse.UPDATE) and not plan.image.leaves(old.image_id):
+            fits = reuse in (Reuse.START, Reuse.UPDATE) and not plan.image.leaves(old.image_id)
+            if fits and hub.token_lives(api_token(old) or ""):
                 self._use_again(old, spec, reuse)
                 return
             plan = self._replace(old, plan)
@@ -311,9 +295,10 @@ class Launch:
             self._report(CREATE, key)
         runtime.engine.tag(plan.image_facts.id, plan.private_image)
         self._check()
-        self._made = self._create(spec)
-        self.container_id = self._made
+        self._trail.made = self._trail.container = self._create(spec)
         self._bind(spec)
+        if plan.image.saved is not None:
+            runtime.ledger.touch_image(plan.image.saved.ref)
         if plan.image.anew:
             begin_anew(runtime, self._person.name, self._server, self.container_name, plan.image)
 
@@ -329,19 +314,34 @@ class Launch:
             ) from error
 
     def _require_own(self, old: ContainerFacts) -> None:
-        if not aime.is_ours(old.labels, self._runtime.ledger.instance):
+        """Refuse a container that is not this very server's; stop one that runs although its Hub does not know."""
+        runtime = self._runtime
+        ours = aime.is_ours(old.labels, runtime.ledger.instance)
+        if not ours or old.labels.get(aime.LABEL_USER) != aime.clean(self._person.name):
             raise Refusal(
                 Code.NAME_TAKEN,
-                f"A container called {self.container_name} is already on this machine and was not made by this Hub; "
-                "it is left alone. Give your server another name, or ask the admin to rename that container.",
+                f"A container called {self.container_name} is already on this machine and "
+                f"{'belongs to another user' if ours else 'was not made by this Hub'}; it is left alone. Give your "
+                "server another name, or ask the admin to rename that container.",
                 facts={"container": self.container_name, "image": old.image_ref},
             )
-        if old.running:
-            # Docker started it behind our back: nobody may use it as it is (design, point 1).
-            self._runtime.engine.stop(old.id)
+        if not old.may_run:
+            return
+        token = aime.token_of(old.labels, runtime.ledger.instance)
+        if token is None or runtime.ledger.by_token(token) is None:
+            # The ledger is older than the container (a backup was restored): nothing proves that it may be stopped.
+            raise Refusal(
+                Code.BUSY,
+                f"Your container {self.container_name} is running, but this Hub's records do not know it. Save your "
+                "work in it and ask the admin to stop it; then start your server again.",
+                facts={"container": self.container_name, "token": token},
+            )
+        # The Hub lost it, or Docker started it behind our back: nobody may use it as it is (design, point 1).
+        self._report(CREATE, "Your container was still running; it is being stopped first")
+        runtime.engine.stop(old.id, timeout=servers.grace_seconds(self._must()))
 
     def _use_again(self, old: ContainerFacts, spec: ContainerSpec, reuse: Reuse) -> None:
-        self.container_id, self.api_token = old.id, api_token(old)
+        self._trail.container, self.api_token = old.id, api_token(old)
         if reuse is Reuse.UPDATE:
             self._report(CREATE, "Your container gets its new limits")
             self._runtime.engine.update(old.id, spec.update)
@@ -357,11 +357,14 @@ class Launch:
         kept = keep_changes(self._runtime, self._person.name, self._server, old, max_size=limit)
         self._check()
         self._runtime.engine.remove(old.id)
-        self._replaced = True
-        if kept is None or not same_base or plan.image.leaves(old.image_id):
+        self._trail.replaced = True
+        if kept is None:
             return plan
-        facts = self._runtime.engine.image_facts(kept.ref)
-        return plan if facts is None else plan.from_saved(kept, facts)
+        kept.tidy(self._runtime)
+        if not same_base or plan.image.leaves(old.image_id):
+            return plan
+        facts = self._runtime.engine.image_facts(kept.image.ref)
+        return plan if facts is None else plan.from_saved(kept.image, facts)
 
     def _bind(self, spec: ContainerSpec) -> None:
         self._runtime.ledger.bind(
@@ -382,99 +385,86 @@ class Launch:
             The address at which the server will answer.
 
         Raises:
-            EngineError: it did not start. HostError: device_mismatch or storage_refused.
+            EngineError: it did not start. Refusal: no memory is left to this user. HostError: device_mismatch or
+                storage_refused.
         """
         self._check()
-        engine = self._runtime.engine
-        self._started = True
-        engine.start(self.container_id)
-        facts = engine.inspect_facts(self.container_id)
-        if facts is None or not facts.running:
-            raise EngineError(self._died(facts), code=Code.INTERNAL)
-        self._verify(facts)
+        runtime = self._runtime
+        self._trail.started = True
+        try:
+            runtime.engine.start(self.container_id)
+        except EngineError as error:
+            refusal = memory_full(error, self._scene.limits)
+            if refusal is None:
+                raise
+            raise refusal from error
+        facts = require_running(runtime, self.container_id)
+        folders = {"/workspace": self._workspace, self._account.home: self._home}
+        verify(runtime, facts, self._admission, folders)
         self._check()
-        self._runtime.ledger.activate(self._must().id, actor=self._runtime.who)
-        self._held.close()
-        if self._runtime.settings.network_mode == "host":
-            return "127.0.0.1"
-        return facts.networks[self._runtime.network]
+        address = address_of(runtime, facts)
+        runtime.ledger.activate(self._must().id, actor=self._runtime.who)
+        return address
 
-    def _died(self, facts: ContainerFacts | None) -> str:
+    def require_running(self) -> None:
+        """Return while the container runs.
+
+        Raises:
+            EngineError: it has ended; with its last words.
+        """
+        self._check()
+        require_running(self._runtime, self.container_id)
+
+    def never_answered(self, seconds: float) -> EngineError:
+        """The error for a server that runs and does not answer."""
+        words = last_words(self._runtime, self.container_id)
+        return EngineError(
+            f"Your server started but did not answer within {seconds:.0f} seconds. {words}", code=Code.INTERNAL
+        )
+
+    def disk_note(self) -> str:
+        """A sentence when a container that is used again nears its `max_container_disk`; "" otherwise. Docker walks
+        the container's files for it, so it is asked beside the start and never in its way."""
+        limit = self._scene.limits["max_container_disk"]
+        if limit is None or self._trail.made is not None:
+            return ""
+        facts = self._runtime.engine.inspect_facts(self.container_id)
         if facts is None:
-            return "The container vanished while it was being started. Please try again."
-        tail = self._runtime.engine.logs(facts.id, lines=20).strip()
-        why = " It ran out of memory." if facts.oom_killed else ""
-        return f"The container ended at once (exit code {facts.exit_code}).{why} Its last words: {tail or 'none'}"
+            return ""
+        use = disk_use(self._runtime.engine, facts, self._image.base)
+        if use.total < DISK_WARN * limit:
+            return ""
+        return (
+            f"Your container has {format_size(use.total)} outside your folders; {format_size(limit)} can be kept. "
+            "Move what you need to your folders: with more than that it cannot be made anew."
+        )
 
-    def _verify(self, facts: ContainerFacts) -> None:
-        """Devices and folders are the ones that were meant (design, data flow; T-resistant against swapped paths)."""
-        wanted = {unit.uuid for unit in self._admission.units}
-        found = held_units(facts)
-        if found != wanted:
-            raise HostError(
-                "The container did not get exactly the GPUs that were reserved for it, so it was not started. "
-                "Please tell the admin.",
-                code=Code.DEVICE_MISMATCH,
-                facts={"reserved": sorted(wanted), "found": sorted(found)},
-            )
-        verify_mounted(facts.pid, "/workspace", self._workspace)
-        verify_mounted(facts.pid, self._account.home, self._home)
+    def finish(self) -> None:
+        """The server answered: this start is over."""
+        self._check()
+        self._finished = True
+        self._held.close()
 
     # ---------------------------------------------------------------- undo
 
-    def undo(self, error: BaseException) -> None:
-        """Take everything back, whatever point the start died at. What cannot be taken back now is left marked
-        as reserved or held in the ledger, for the reconciler; a unit is never freed on hope."""
-        with self._held:
-            if self._allocation is None:
-                return
-            reason = f"start failed: {error.code.value if isinstance(error, Ds01Error) else type(error).__name__}"
-            self._clear_container()
-            allocation = self._runtime.ledger.get(self._allocation.id)
-            if allocation is None:
-                return
-            if self._made or self._replaced:
-                # The container that the allocation stood for is gone; its saved changes are in the image list.
-                self._runtime.ledger.release(allocation.id, reason, actor=self._runtime.who)
-            elif allocation.state.value == "active":
-                self._runtime.ledger.hold(allocation.id, until=None, reason=reason, actor=self._runtime.who)
-            elif allocation.state.value == "reserved":
-                self._runtime.ledger.rollback(allocation.id, reason, actor=self._runtime.who)
-
-    def _clear_container(self) -> None:
-        engine = self._runtime.engine
-        if self._made is not None:
-            engine.remove(self._made, force=True)
-        elif self._started:
-            engine.stop(self.container_id, timeout=5)
-        if self._made is None and not self._started:
-            # A create that was still under way when it was given up may have come through all the same.
-            self._remove_unbound()
-
-    def _remove_unbound(self) -> None:
-        found = self._runtime.engine.inspect_facts(self.container_name) if self.container_name else None
-        instance = self._runtime.ledger.instance
-        if found is None or not aime.is_ours(found.labels, instance):
-            return
-        allocation = self._runtime.ledger.get(self._must().id)
-        token = aime.token_of(found.labels, instance)
-        if allocation is not None and token == allocation.token and allocation.container_id != found.id:
-            self._runtime.engine.remove(found.id, force=True)
-            self._made = found.id
+    def take_back(self, error: BaseException) -> None:
+        """Take everything back; waits for the running step first. Never raises: what is left is the reconciler's."""
+        self.cancel()
+        if self.current is not None and not self.current.cancel():
+            concurrent.futures.wait([self.current])
+        reason = f"start failed: {error.code.value if isinstance(error, Ds01Error) else type(error).__name__}"
+        try:
+            with self._held:
+                if self._finished and self._trail.allocation is not None:
+                    again = servers.operation(self._runtime, self._trail.allocation, "take back")
+                    self._held.enter_context(again)
+                undo.take_back(self._runtime, self._trail, reason)
+        except Ds01Error as left:
+            log.warning("%s: the watcher has to take back the rest of a start: %s", self.container_name, left.message)
+        except Exception:
+            log.exception("%s: the watcher has to take back the rest of a start", self.container_name)
 
     def _must(self) -> Allocation:
-        if self._allocation is None:
+        if self._trail.allocation is None:
             raise Ds01Error("The start has not been admitted.")
-        return self._allocation
-
-
-def held_units(facts: ContainerFacts) -> set[str]:
-    """Units that a container of ours was created with, by uuid, whichever way they reach it."""
-    from .containers.spec import CDI_KIND, simulated_unit
-
-    found = {unit for node in facts.devices if (unit := simulated_unit(node.container)) is not None}
-    for request in facts.device_requests:
-        found |= {name.removeprefix(f"{CDI_KIND}=") for name in request.device_ids}
-        if request.count:
-            found.add(f"count {request.count}")
-    return found
+        return self._trail.allocation

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import html
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a start: its word, the percentage at which it begins, and whether text may follow in place."""
+    """One step of a start: its word, and the percentage at which it begins."""
 
     name: str
     percent: int
@@ -31,53 +32,76 @@ STAGES = (QUOTA, GPU, IMAGE, QUEUE, CREATE, START, ANSWER)
 
 
 class ProgressLog:
-    """The events of one start. `add` may be called from any thread; readers get all events from the beginning."""
+    """The events of one start. `add` may be called from any thread; readers get all events from the beginning.
+
+    Readers may come before the first event and after the last one.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._events: list[dict[str, Any]] = []
+        self._running: Stage | None = None
         self._changed = asyncio.Event()
         self._closed = False
 
-    def add(self, stage: Stage, message: str, *, fraction: float = 0.0) -> None:
-        """Tell that `stage` has come to `message`; `fraction` (0..1) is how much of the stage is done.
+    @property
+    def used(self) -> bool:
+        """True once it belongs to a start: another start needs a log of its own."""
+        return self._closed or bool(self._events)
 
-        A message of the same stage replaces the bar's text, earlier events stay for late readers.
+    def add(self, stage: Stage, message: str, *, fraction: float | None = None) -> None:
+        """Tell that `stage` has come to `message`.
+
+        Args:
+            fraction: how much of the stage is done (0..1). Such a message takes the place of the one before it, if
+                that was of the same kind: who opens the page late gets the newest figure, not thousands of old ones.
         """
         later = [s.percent for s in (*STAGES, READY) if s.percent > stage.percent]
         width = (min(later) if later else 100) - stage.percent
         event = {
-            "progress": int(stage.percent + width * min(max(fraction, 0.0), 1.0)),
+            "progress": int(stage.percent + width * min(max(fraction or 0.0, 0.0), 1.0)),
             "message": message,
             "html_message": f'<span data-ds01-stage="{html.escape(stage.name)}">{html.escape(message)}</span>',
         }
-        self._loop.call_soon_threadsafe(self._append, event)
+        self._loop.call_soon_threadsafe(self._append, event, None if fraction is None else stage)
 
     def close(self) -> None:
-        """End every reader. Call on the event loop or from a thread."""
-        self._loop.call_soon_threadsafe(self._append, None)
+        """End every reader once it has read everything. Call on the event loop or from a thread."""
+        self._loop.call_soon_threadsafe(self._close)
 
-    def _append(self, event: dict[str, Any] | None) -> None:
-        if event is None:
-            self._closed = True
-        elif self._events and self._events[-1] == event:
+    def _append(self, event: dict[str, Any], running: Stage | None) -> None:
+        if self._closed or (self._events and self._events[-1] == event):
             return
+        if running is not None and running is self._running:
+            self._events[-1] = event
         else:
             self._events.append(event)
+        self._running = running
+        self._wake()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
     async def read(self) -> AsyncIterator[dict[str, Any]]:
         """All events, then new ones as they come, until the log is closed."""
-        index = 0
+        index, last = 0, None
         while True:
             changed = self._changed
+            if index and self._events[index - 1] is not last:
+                index -= 1  # it was replaced by a newer figure
             while index < len(self._events):
-                yield self._events[index]
+                last = self._events[index]
                 index += 1
-            if self._closed:
+                yield last
+            if self._closed and (not index or self._events[index - 1] is last):
                 return
-            await changed.wait()
+            if changed is self._changed:
+                await changed.wait()
 
 
 class StartQueue:
@@ -90,6 +114,15 @@ class StartQueue:
         self._width = width
         self._running = 0
         self._waiting: list[asyncio.Event] = []
+
+    @asynccontextmanager
+    async def slot(self, log: ProgressLog | None = None) -> AsyncIterator[None]:
+        """Hold a place for the duration of the block, however it ends."""
+        await self.enter(log)
+        try:
+            yield
+        finally:
+            self.leave()
 
     async def enter(self, log: ProgressLog | None = None) -> None:
         """Wait for a place; tell `log` how many are in front."""

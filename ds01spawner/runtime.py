@@ -29,6 +29,7 @@ from .settings import Settings, load_settings
 THREADS = 16
 """Threads for short Docker and ledger calls; DockerSpawner has one for the whole Hub (trap T1)."""
 PULL_THREADS = 4
+"""Pulls have threads of their own, and so have stops (`Runtime.ends`): ten seconds of SIGTERM delay nobody's start."""
 STARTS_PER_CORE = 2.5
 
 
@@ -49,6 +50,7 @@ class Runtime:
     now: Callable[[], datetime] = utc_now
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ds01"))
     pulls: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PULL_THREADS, "ds01-pull"))
+    ends: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ds01-end"))
     _info: EngineInfo | None = None
     _cgroups: CgroupParents | None = None
 
@@ -72,6 +74,7 @@ class Runtime:
         """End threads and connections."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.pulls.shutdown(wait=False, cancel_futures=True)
+        self.ends.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self.ledger.close()
 

@@ -8,8 +8,8 @@ from .errors import Ds01Error
 from .form.render import render_form
 from .form.view import build_view, quota_lines, quota_sentence
 from .images import profile_image
-from .launch import Person, look
 from .runtime import Runtime
+from .scene import Person, look
 
 
 def spawn_form(runtime: Runtime, person: Person, server_name: str) -> str:

@@ -8,24 +8,33 @@ facts are named where they are handled).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from dockerspawner import DockerSpawner
+from jupyterhub import orm
+from jupyterhub.utils import url_path_join
 from tornado import web
 from traitlets import Unicode, default
 
 from . import servers
+from .answer import answers
 from .body import HubSide
 from .containers import aime
-from .errors import Code, Ds01Error, Refusal
-from .form.request import SpawnRequest, options_from_form, options_from_query
-from .launch import Launch, Person
+from .containers.engine import ContainerFacts
+from .containers.spec import api_token
+from .errors import Code, Ds01Error, Refusal, SettingsInvalid
+from .form.request import options_from_form, options_from_query
+from .launch import Cancelled, Launch
+from .overruled import overruled
 from .progress import ANSWER, CREATE, IMAGE, QUEUE, QUOTA, READY, START, ProgressLog
 from .runtime import Runtime
+from .scene import Person
 from .servers import Ended
 from .spawn_page import spawn_form
 
@@ -36,20 +45,38 @@ except ImportError:  # JupyterHub 5
 
 T = TypeVar("T")
 
+BROKEN = (
+    "Something went wrong inside the Hub; it is not your fault, and nothing was started. Please try again, and tell "
+    "the admin if it happens again: the Hub's log has the details."
+)
+
+ANSWER_PATIENCE_S = 1.0
+"""How often a booting server's container is looked at: one that has ended never answers."""
+STOP_PATIENCE_S = 120.0
+"""How long a stop goes on asking a Docker that does not answer before it is left to the watcher."""
+STOP_RETRY_S = 2.0
+
 
 def spawn_error(error: Ds01Error) -> web.HTTPError:
     """`error` as the exception that the Hub shows on the form, in the progress stream and on REST (trap T12).
 
-    JupyterHub 6.1 reads only `jupyterhub_message` on the pages, so it is set besides SpawnException's own fields.
+    A refusal is a SpawnException, which the Hub does not count as a failure of its own; what is broken is counted
+    (`consecutive_failure_limit`). JupyterHub 6.1 reads only `jupyterhub_message` on the pages, so it is set as well.
     """
     text = error.sentence() if isinstance(error, Refusal) else error.message
     refused: web.HTTPError
-    if _SpawnException is not None:
+    if _SpawnException is not None and isinstance(error, Refusal):
         refused = _SpawnException(text, reason=error.code.value, status_code=error.http_status)
     else:
         refused = web.HTTPError(error.http_status, text.replace("%", "%%"), reason=error.code.value)
     vars(refused).update(jupyterhub_message=text, ds01_error=error)
     return refused
+
+
+def _seen(future: asyncio.Future[Any]) -> None:
+    """Nobody may be waiting for a step any more when it fails; its error was not forgotten by accident."""
+    if not future.cancelled():
+        future.exception()
 
 
 class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no types
@@ -62,6 +89,14 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
 
     _runtimes: ClassVar[dict[str, Runtime]] = {}
     _opening: ClassVar[threading.Lock] = threading.Lock()
+    _told: ClassVar[set[str]] = set()
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for sentence in overruled(self.config, type(self).section_names()):
+            if sentence not in self._told:
+                self._told.add(sentence)
+                self.log.warning("ds01: %s", sentence)
 
     # ---------------------------------------------------------------- parts
 
@@ -94,8 +129,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         """Who starts: the Hub user with the Hub groups of this moment."""
         return Person(self.user.name, tuple(sorted(group.name for group in self.user.groups)))
 
-    async def _thread(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self.runtime.threads, function, *args)
+    async def _thread(self, function: Callable[..., T], *args: Any, pool: ThreadPoolExecutor | None = None) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool or self.runtime.threads, function, *args)
 
     # ---------------------------------------------------------------- names
 
@@ -109,10 +144,14 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         return namespace
 
     _launch: Launch | None = None
+    """The start under way."""
+    _undoing: asyncio.Future[None] | None = None
+    """The last failed start being taken back."""
     _known_name: str = "unnamed"
     _log: ProgressLog | None = None
-    _options_error: Ds01Error | None = None
     _ended: bool = False
+    """What the container held was given back, or somebody is at it."""
+    _resumes: bool = True
 
     # ---------------------------------------------------------------- the form
 
@@ -121,7 +160,11 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         return DS01Spawner._render_form
 
     async def _render_form(self) -> str:
-        return await self._thread(spawn_form, self.runtime, self.person, self.name)
+        try:
+            return await self._thread(spawn_form, self.runtime, self.person, self.name)
+        except Exception:
+            self.log.exception("%s: the spawn form could not be made", self._log_name)
+            return f'<p class="alert alert-danger" role="alert">{BROKEN}</p>'
 
     @default("options_from_form")
     def _default_options_from_form(self) -> Any:
@@ -133,14 +176,12 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
 
     @default("apply_user_options")
     def _default_apply_user_options(self) -> Any:
-        """The one door for form, query, REST and stale options (traps T10, T11)."""
-        return DS01Spawner._check_options
+        """Nothing here, so that every request, also the one that is refused, goes one way: `Launch.admit` parses,
+        judges and writes down what form, query, REST and stale options ask for (traps T10, T11)."""
+        return DS01Spawner._leave_options
 
-    def _check_options(self, user_options: Mapping[str, Any]) -> None:
-        try:
-            SpawnRequest.parse(user_options, server_name=self.name, door=self._door)
-        except Ds01Error as error:
-            raise spawn_error(error) from error
+    def _leave_options(self, _options: Mapping[str, Any]) -> None:
+        return None
 
     @property
     def _door(self) -> str:
@@ -154,82 +195,144 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
     # ---------------------------------------------------------------- start
 
     async def start(self) -> tuple[str, int]:
-        """Admit, fetch the image, create, start, verify; or leave nothing behind (design, point 7)."""
-        runtime = self.runtime
-        log = self._log = ProgressLog(asyncio.get_running_loop())
-        self._ended = False
-        self.object_id = ""
-        job = self._launch = Launch(runtime, self.person, self.name, log.add)
-        queued = False
+        """Admit, fetch the image, create, start, verify, wait for the first answer; or leave nothing behind.
+
+        The server has answered when this returns, so that whatever goes wrong before is one failed start, is told as
+        such, and is taken back as a whole (design, point 7). Neither stop() nor poll() is called by the Hub for a start
+        that failed (trap T5).
+        """
+        await self._undone()
+        # The Hub may use this object again after a failure (trap T17).
+        self._ended, self._resumes, self.object_id = False, False, ""
+        log = self._fresh_log()
+        job = self._launch = Launch(self.runtime, self.person, self.name, log.add)
         try:
-            log.add(QUOTA, "Checking your quota")
-            await self._step(job, job.admit, dict(self.user_options or {}), self._door)
-            log.add(IMAGE, "Looking for the image")
-            await self._step(job, job.fetch_image, pool=runtime.pulls)
-            log.add(QUEUE, "Waiting for a free start slot")
-            await runtime.starts.enter(log)
-            queued = True
+            return await self._run(job, log)
+        except Exception as error:
+            told = self._tell(error)
+            await asyncio.shield(self._take_back(job, error))
+            raise told from error
+        except BaseException as error:
+            # start_timeout and DELETE while pending arrive as CancelledError (trap T6). The Hub looks again within a
+            # second and then polls: poll() waits for the end of this.
+            self._take_back(job, error)
+            raise
+        finally:
+            self._launch = None
+            log.close()
+
+    async def _run(self, job: Launch, log: ProgressLog) -> tuple[str, int]:
+        runtime = self.runtime
+        if self.internal_ssl:
+            raise SettingsInvalid("internal_ssl is not supported: containers are separated by the network's own rules.")
+        log.add(QUOTA, "Checking your quota")
+        await self._step(job, job.admit, dict(self.user_options or {}), self._door)
+        log.add(IMAGE, "Looking for the image")
+        await self._step(job, job.fetch_image, self.pull_policy.lower(), pool=runtime.pulls)
+        log.add(QUEUE, "Waiting for a free start slot")
+        # The slot is kept while the server boots: that is the CPU-bound part.
+        async with runtime.starts.slot(log):
             log.add(CREATE, "Preparing folders, limits and the container")
             await self._step(job, job.create, self._hub_side())
             self.object_id, self.object_name = job.container_id, job.container_name
-            if job.api_token:
-                self.api_token = job.api_token
             log.add(START, "Starting the container")
             address = await self._step(job, job.start)
-            if job.once:  # the Hub keeps the options for starts that name none (REST without a body, its admin page)
-                self.orm_spawner.user_options = {k: v for k, v in self.user_options.items() if k not in job.once}
             log.add(ANSWER, "Jupyter is starting; waiting for its first answer")
-            if queued:
-                self._release_slot_when_answered()
-                queued = False
-            return address, self.port
-        except BaseException as error:
-            # A timeout and a DELETE while pending arrive as CancelledError (trap T6), so nothing less will do.
-            # Neither stop() nor poll() is called for a start that failed (trap T5): all is taken back here.
-            if queued:
-                runtime.starts.leave()
-            await asyncio.shield(asyncio.ensure_future(self._undo(job, error)))
-            if isinstance(error, Ds01Error):
-                raise spawn_error(error) from error
-            raise
+            beside = asyncio.ensure_future(self._note_disk(job, log))
+            try:
+                await self._first_answer(job, address)
+            finally:
+                beside.cancel()
+        await self._step(job, job.finish)
+        self._settle_token(job)
+        if job.once:  # the Hub keeps the options for starts that name none (REST without a body, its admin page)
+            self.orm_spawner.user_options = {k: v for k, v in self.user_options.items() if k not in job.once}
+        self._resumes = True
+        log.add(READY, "Your server answers")
+        return address, self.port
 
-    async def _step(self, job: Launch, step: Callable[..., T], *args: Any, pool: Any = None) -> T:
+    async def _step(self, job: Launch, step: Callable[..., T], *args: Any, pool: ThreadPoolExecutor | None = None) -> T:
         """Run one step in a thread. A cancelled start lets the running step end before anything is taken back."""
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(pool or self.runtime.threads, step, *args)
-        job.current = future
+        current: concurrent.futures.Future[T] = (pool or self.runtime.threads).submit(step, *args)
+        job.current = current
+        future = asyncio.wrap_future(current)
+        future.add_done_callback(_seen)
         return await asyncio.shield(future)
 
-    async def _undo(self, job: Launch, error: BaseException) -> None:
-        job.cancel()
-        if job.current is not None:
-            await asyncio.wait([job.current])
-            if not job.current.cancelled():
-                job.current.exception()  # seen: the error that counts is the one being handled
-        await self._thread(job.undo, error)
+    async def _first_answer(self, job: Launch, address: str) -> None:
+        """Wait until the server answers on HTTP, its container ends, or `http_timeout` is over."""
+        clock = asyncio.get_running_loop().time
+        path = url_path_join(self.server.base_url if self.server else "/", "api")
+        deadline, look, pause = clock() + self.http_timeout, clock() + ANSWER_PATIENCE_S, 0.05
+        while not await answers(address, self.port, path):
+            now = clock()
+            if now >= deadline:
+                raise await self._step(job, job.never_answered, self.http_timeout)
+            if now >= look:
+                await self._step(job, job.require_running)
+                look = clock() + ANSWER_PATIENCE_S
+            await asyncio.sleep(pause)
+            pause = min(0.25, pause * 1.5)
+
+    async def _note_disk(self, job: Launch, log: ProgressLog) -> None:
+        try:
+            note = await self._thread(job.disk_note, pool=self.runtime.pulls)
+        except Exception:
+            self.log.warning("%s: the size of its container is not known", self._log_name, exc_info=True)
+            return
+        if note:
+            log.add(ANSWER, note)
+
+    def _tell(self, error: Exception) -> Exception:
+        """`error` as one sentence for the person; the log gets the whole story of what nobody foresaw."""
+        if isinstance(error, web.HTTPError):
+            return error
+        if isinstance(error, Ds01Error):
+            return spawn_error(error)
+        self.log.error("%s: a start failed by a fault of the Hub", self._log_name, exc_info=error)
+        return spawn_error(Ds01Error(BROKEN))
+
+    def _take_back(self, job: Launch, error: BaseException) -> asyncio.Future[None]:
+        """Begin to undo a start, in a thread that nothing can cancel."""
+        self._undoing = asyncio.wrap_future(self.runtime.ends.submit(job.take_back, error))
         self.object_id = ""
-        self._launch = None
-        if self._log is not None:
-            self._log.close()
+        return self._undoing
 
-    def _release_slot_when_answered(self) -> None:
-        """Keep the start slot while the server boots: that is the CPU-bound part."""
+    async def _undone(self) -> None:
+        """Wait until a failed start is taken back; whoever waits may be cancelled, the undo goes on."""
+        if self._undoing is not None:
+            await asyncio.shield(self._undoing)
+            self._undoing = None
 
-        async def wait() -> None:
-            try:
-                deadline = asyncio.get_running_loop().time() + self.http_timeout
-                while self._start_pending and asyncio.get_running_loop().time() < deadline:
-                    await asyncio.sleep(0.2)
-            finally:
-                self.runtime.starts.leave()
-                if self._log is not None:
-                    self._log.add(READY, "Your server is ready")
-                    self._log.close()
+    # ---------------------------------------------------------------- the token inside
 
-        self._slot_task = asyncio.ensure_future(wait())
+    async def _token_lives(self, token: str) -> bool:
+        found = orm.APIToken.find(self.user.db, token) if token else None
+        return found is not None and found.user is self.user.orm_user
+
+    def _settle_token(self, job: Launch) -> None:
+        """A container that is used again goes on with its own token. In a new one every older token of this server is
+        of no use to anybody: the Hub forgets it."""
+        if job.api_token:
+            self.api_token = job.api_token
+            return
+        db, owner = self.user.db, self.user.orm_user
+        current = orm.APIToken.find(db, self.api_token)
+        if current is None:
+            return
+        for old in db.query(orm.APIToken).filter_by(user_id=owner.id, note=current.note):
+            if old is not current:
+                db.delete(old)
+        db.commit()
 
     def _hub_side(self) -> HubSide:
         command = list(self.cmd) if self.cmd else []
+        loop = asyncio.get_running_loop()
+
+        def token_lives(token: str) -> bool:
+            """Asked from a thread; the Hub's database belongs to its event loop."""
+            return asyncio.run_coroutine_threadsafe(self._token_lives(token), loop).result(timeout=60)
+
         return HubSide(
             environment={key: str(value) for key, value in self.get_env().items() if value is not None},
             command=tuple(command),
@@ -237,6 +340,7 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
             port=self.port,
             extra_host_config=dict(self._render_templates(self._plain(self.extra_host_config))),
             extra_create_kwargs=dict(self._render_templates(self._plain(self.extra_create_kwargs))),
+            token_lives=token_lives,
         )
 
     def _plain(self, value: Any) -> Mapping[str, Any]:
@@ -249,64 +353,106 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
             )
         return result or {}
 
+    def _fresh_log(self) -> ProgressLog:
+        """A log for the next start: the one that early readers already follow, if it is unused."""
+        if self._log is None or self._log.used:
+            self._log = ProgressLog(asyncio.get_running_loop())
+        return self._log
+
     async def progress(self) -> AsyncIterator[dict[str, Any]]:
         """All events of the running start, from its beginning, for any number of readers (trap T19)."""
-        if self._log is None:
-            yield {"progress": QUOTA.percent, "message": "Starting"}
-            return
-        async for event in self._log.read():
+        begun = self._log is not None and (self._launch is not None or self.object_id)
+        log = self._log if begun and self._log is not None else self._fresh_log()
+        async for event in log.read():
             yield event
 
     # ---------------------------------------------------------------- running and stopped
 
     async def poll(self) -> int | str | None:
-        """None while running, and while Docker gives no answer (design, point 8; trap T8)."""
-        if self._launch is None and not self.object_id:
-            return 0
+        """None while it starts, while it runs, and while nobody can say (design, point 8; trap T8)."""
+        if self._launch is not None:
+            return None
         try:
-            state = await self._thread(servers.observe, self.runtime, self.object_id)
+            await self._undone()
+            state = await self._thread(servers.observe, self.runtime, self.user.name, self.name, self.object_id)
         except Ds01Error as error:
             self.log.warning("%s: assuming that it still runs: %s", self._log_name, error.message)
             return None
-        if state.running:
+        except Exception:
+            # The Hub would take an exception for "not running", and forget the server.
+            self.log.exception("%s: assuming that it still runs", self._log_name)
             return None
-        if not self._ended:
+        if state.running:
+            self._adopt(state.facts)
+            return None
+        if not self._ended and (self.object_id or state.facts is not None):
             self._ended = True
             await self._settle(Ended(str(state.summary()), own_stop=False))
         return state.summary()
 
+    def _adopt(self, facts: ContainerFacts | None) -> None:
+        """A Hub that was killed while the server started has no state of it; the ledger has."""
+        if facts is not None and not self.object_id:
+            self.log.warning("%s: going on with container %s, by the ledger", self._log_name, facts.name)
+            self.object_id, self.object_name = facts.id, facts.name
+            self.api_token = api_token(facts) or self.api_token
+
+    async def get_url(self) -> str:
+        """Where the running container answers, asked by a Hub that restarted; what it remembers if nobody can say."""
+        known: str = self.server.url
+        try:
+            address = await self._thread(servers.address, self.runtime, self.object_id)
+        except Ds01Error as error:
+            self.log.warning("%s: keeping its address: %s", self._log_name, error.message)
+            return known
+        return url_path_join(f"http://{address}:{self.port}", self.server.base_url) if address else known
+
     async def stop(self, now: bool = False) -> None:
-        """Stop the container and give back what it held. Files outside the mounts are kept (see `servers.settle`)."""
+        """Stop the container and give back what it held. Files outside the mounts are kept (see `servers.give_back`).
+
+        The Hub forgets a server whose stop() raises, so this goes on asking while Docker does not answer.
+        """
         self._ended = True
-        halt = partial(servers.stop, self.runtime, self.user.name, self.name, self.object_id, now=now)
-        await self._thread(halt)
-        await self._settle(Ended("stopped", own_stop=True))
+        if self._launch is not None:
+            await asyncio.shield(self._take_back(self._launch, Cancelled("The server was stopped.")))
+            return
+        await self._undone()
+        give_up = asyncio.get_running_loop().time() + STOP_PATIENCE_S
+        halt = partial(servers.end, self.runtime, self.user.name, self.name, self.object_id, now=now)
+        while True:
+            try:
+                self._resumes = await self._thread(halt, pool=self.runtime.ends)
+                break
+            except Exception as error:
+                self.log.warning(
+                    "%s: not stopped yet: %s", self._log_name, error, exc_info=not isinstance(error, Ds01Error)
+                )
+                if asyncio.get_running_loop().time() >= give_up:
+                    await self._postpone(error)
+                    break
+            await asyncio.sleep(STOP_RETRY_S)
         self.clear_state()
 
-    async def _settle(self, ended: Ended) -> None:
-        self._launch = None
+    async def _postpone(self, error: Exception) -> None:
+        self._resumes = True  # what still runs needs its token
         try:
-            self._resumes = await self._thread(servers.settle, self.runtime, self.user.name, self.name, ended)
-        except Ds01Error as error:
+            await self._thread(servers.postpone, self.runtime, self.user.name, self.name, f"stop: {error}")
+        except Exception:
+            self.log.exception("%s: it may run on without the Hub", self._log_name)
+
+    async def _settle(self, ended: Ended) -> None:
+        settle = partial(servers.settle, self.runtime, self.user.name, self.name, ended, self.object_id)
+        try:
+            self._resumes = await self._thread(settle, pool=self.runtime.ends)
+        except Exception as error:
             # The lease stays held (design, point 1); the watcher tries again.
             self._resumes = True
-            self.log.warning("%s: what it held stays held for now: %s", self._log_name, error.message)
-
-    _resumes: bool = True
+            self.log.warning("%s: what it held stays held for now: %s", self._log_name, error, exc_info=True)
 
     @property
     def will_resume(self) -> bool:
-        """True if the same container, with the API token inside, will be started again; else the Hub revokes it."""
+        """True if the same container, with the API token inside, can be started again; else the Hub revokes it."""
         return self._resumes
-
-    async def run_post_stop_hook(self) -> None:
-        """Runs for every end, also those that never called `stop` (trap T5)."""
-        if not self._ended and self.object_id:
-            self._ended = True
-            await self._settle(Ended("ended", own_stop=False))
-        result = super().run_post_stop_hook()
-        if asyncio.iscoroutine(result):
-            await result
 
     # ---------------------------------------------------------------- state, names, deletion
 
@@ -321,7 +467,11 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
 
     async def rename(self, old_name: str, new_name: str) -> None:
         """Refuse while a container of the old name exists: its files would be out of reach (trap T14)."""
-        kept = await self._thread(servers.has_container, self.runtime, self.user.name, old_name)
+        try:
+            aime.container_name(new_name, 0)
+            kept = await self._thread(servers.has_container, self.runtime, self.user.name, old_name)
+        except Ds01Error as error:
+            raise spawn_error(error) from error
         if kept:
             raise web.HTTPError(
                 409,
@@ -331,4 +481,7 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
 
     async def delete_forever(self) -> None:
         """Remove the container of a server that its owner deleted; saved images and folders stay."""
-        await self._thread(servers.forget, self.runtime, self.user.name, self.name)
+        try:
+            await self._thread(servers.forget, self.runtime, self.user.name, self.name, pool=self.runtime.ends)
+        except Ds01Error as error:
+            raise spawn_error(error) from error

@@ -25,6 +25,8 @@ MIN_QUOTA_US = 1_000
 """Smallest quota that the kernel takes."""
 MIN_MEMORY = 6 * 2**20
 """Docker refuses less than 6 MiB."""
+MIN_SHM = 4096
+"""One page: the least that can be mounted."""
 STOP_TIMEOUT_S = 10
 OOM_SCORE_ADJ = 100
 """Users' processes go first when the host itself runs out of memory."""
@@ -246,7 +248,8 @@ def _own_host(given: SpecInput, extra: Mapping[str, Any], update: Mapping[str, i
     ulimits += [entry for entry in extra.get("Ulimits") or () if entry.get("Name") not in named]
     return {
         **{key: value for key, value in update.items() if value},
-        **({"ShmSize": given.resources.shm_size} if given.resources.shm_size else {}),
+        # Docker reads 0 as its own 64 MB; the policy means none at all.
+        **({} if given.resources.shm_size is None else {"ShmSize": max(MIN_SHM, given.resources.shm_size)}),
         **_device_parts(given.devices),
         "Ulimits": ulimits,
         "Mounts": _mounts(given.mounts),
@@ -444,7 +447,9 @@ def without_devices(old: ContainerFacts, image: str = "") -> dict[str, Any]:
         "RestartPolicy": {"Name": "no"},
         "LogConfig": dict(LOG_CONFIG),
     }
-    env = [f"{name}={value}" for name, value in old.env.items() if not name.startswith(GPU_ENV_OWNED)]
+    # No Hub token stays in a container that will never be started: the next start makes a new one.
+    kept = {name: v for name, v in old.env.items() if not name.startswith(GPU_ENV_OWNED) and name not in VOLATILE_ENV}
+    env = [f"{name}={value}" for name, value in kept.items()]
     labels = {**old.labels, aime.LABEL_GPUS: "", "aime.mlc.GPUS": "", aime.LABEL_SPEC: ""}
     return {
         "Image": image or old.image_ref,

@@ -6,7 +6,7 @@ import docker
 import pytest
 from live_hub import LiveHub
 
-from ds01spawner.launch import held_units
+from ds01spawner.containers.spec import named_units
 
 pytestmark = [pytest.mark.docker, pytest.mark.hub]
 
@@ -27,7 +27,7 @@ def test_lifecycle_start_gives_exactly_the_policy_and_stop_frees_the_unit(hub: L
     assert allocation is not None and facts is not None
     assert allocation.state.value == "active"
     assert {lease.mig_profile for lease in allocation.leases} == {"1g.5gb"}
-    assert held_units(facts) == {lease.unit_uuid for lease in allocation.leases}
+    assert named_units(facts) == {lease.unit_uuid for lease in allocation.leases}
     assert facts.memory == facts.memory_swap == 2**30
     assert facts.cpu_quota == 100_000
     assert facts.pids_limit == 256
@@ -42,7 +42,7 @@ def test_lifecycle_start_gives_exactly_the_policy_and_stop_frees_the_unit(hub: L
     hub.halt("student1")
     allocation, facts = hub.allocation("student1"), hub.container("student1")
     assert allocation is not None and not allocation.leases and allocation.state.value == "held"
-    assert facts is not None and not facts.running and not held_units(facts)
+    assert facts is not None and not facts.running and not named_units(facts)
     assert not hub.runtime.ledger.usage().taken()
 
 
