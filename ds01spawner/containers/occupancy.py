@@ -159,6 +159,8 @@ def _of_container(container: ContainerFacts, view: _View) -> list[External]:
     ours, leased = view.ours(container), view.leased(container)
     units: dict[str, list[str]] = {}
     for reach in reaches(container, view.inventory, view.default_runtime):
+        if view.inventory.source == "simulated" and reach.meaning.everything and not container.unreadable:
+            continue  # who may reach every real GPU reaches no simulated unit without naming it
         if ours or _counts(container, reach.meaning, view.now):
             for uuid in reach.meaning.units - (leased or frozenset()):
                 units.setdefault(uuid, []).append(reach.why)

@@ -528,3 +528,11 @@ def test_no_path_or_rule_breaks_the_reading(text: str) -> None:
 
 def test_an_empty_box_has_no_holder() -> None:
     assert look(foreign(privileged=True), box=Inventory((), "none")) == ()
+
+
+def test_on_a_simulated_box_only_who_names_a_unit_holds_it() -> None:
+    box = replace(BOX, source="simulated")
+    assert look(foreign(privileged=True), box=box) == ()
+    node = DeviceNode("/dev/null", f"/dev/ds01/{M0}")
+    assert [e.unit_uuid for e in look(foreign(devices=(node,)), box=box)] == [M0]
+    assert {e.unit_uuid for e in look(foreign(unreadable="KeyError: 'State'"), box=box)} == {G0, G1, M0, M1}
