@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from ds01spawner.cli.admin import main
 from ds01spawner.errors import Code, Ds01Error
 from ds01spawner.form.request import SpawnRequest
+from ds01spawner.reconcile.findings import What
 from ds01spawner.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,11 @@ def test_docs_tell_what_to_do_for_every_code(code: Code) -> None:
     row = re.search(rf"^\| `{code.value}` \| (\d+) \| (\d+) \|", TEXTS["docs/troubleshooting.md"], re.MULTILINE)
     assert row is not None, f"docs/troubleshooting.md has no row for the code {code.value}"
     assert (int(row[1]), int(row[2])) == (error.http_status, error.exit_code)
+
+
+@pytest.mark.parametrize("what", What)
+def test_docs_explain_every_finding_of_the_watcher(what: What) -> None:
+    assert re.search(rf"^\| `{what.value}` \|", TEXTS["docs/troubleshooting.md"], re.MULTILINE), what.value
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
