@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from ds01spawner import admission
-from ds01spawner.admission_words import amount
+from ds01spawner.admission_words import amount, unit_notes
 from ds01spawner.errors import Code, Refusal
 from ds01spawner.gpu.placement import in_pool
 from ds01spawner.model import (
@@ -31,10 +31,25 @@ from ds01spawner.model import (
 from ds01spawner.policy.schema import Profile, ProfileSize
 
 from .choice import size_key
-from .words import badge_text, cores_text, gpu_text, plain_title, reason_text, size_text, wait_text
+from .words import (
+    badge_text,
+    cores_text,
+    gives_text,
+    instead_text,
+    memory_of,
+    plain_title,
+    reason_text,
+    sentence,
+    size_text,
+    sized,
+    wait_text,
+)
 
 _WAIT_AND_SEE = frozenset({Code.NO_GPU, Code.INVENTORY_STALE, Code.IMAGE_MISSING})
 """Refusals that an otherwise entitled user may meet even on an empty machine; every other one hides the card."""
+
+_QUOTA_TELLS = frozenset({Code.USER_COUNT, Code.USER_QUOTA, Code.GROUP_QUOTA, Code.TOO_MANY_SERVERS})
+"""Refusals that say themselves from whose quota a card would take what."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +75,12 @@ class Card:
 
     Attributes:
         value: `profile/size`, what the radio button sends.
-        title, tagline: plain words. gives: GPU, CPU and memory in a few words. takes: from whose quota, or "".
+        name: what it is called. memory: of its GPU, as it usually is ("5 GB"; "" without one). tagline: plain words.
+        gives: GPU and memory in a few words. takes: from whose quota, or "".
         details: the exact values, for the disclosure.
         meter: free units; None without a GPU or when the machine's state is unknown.
         available: it can start now; reason and when say why not and until when (plain text, may be "").
+        refused: the sentence of the refusal, of which `reason` is the short form for the card's face.
         badge: the same in three words, or how many units are free.
         whole: it would take a whole GPU. checked: preselected; exactly one card of a form is.
         notes: what admission adds to a yes ("CPU clamped to …").
@@ -72,14 +89,16 @@ class Card:
     value: str
     profile: str
     size: str
-    title: str
+    name: str
+    memory: str
     tagline: str
-    gives: tuple[Fact, ...]
+    gives: str
     takes: str
     details: tuple[Fact, ...]
     available: bool
     badge: str
     code: Code | None = None
+    refused: str = ""
     reason: str = ""
     when: str = ""
     meter: Meter | None = None
@@ -87,6 +106,11 @@ class Card:
     share: float = 0.0
     checked: bool = False
     notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Its name with the memory: "Small GPU, 5 GB"."""
+        return sized(self.name, self.memory)
 
 
 @dataclass(frozen=True)
@@ -142,18 +166,21 @@ def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | No
     code = answer.code if isinstance(answer, Refusal) else None
     resources = bare.resources if isinstance(bare, Admission) else None
     units = _units_that_do(scene, profile, size, reference)
-    granted = next((a.units for a in (answer, ever) if isinstance(a, Admission)), ())
-    title, _, tagline = (size.title or plain_title(size.gpu.ask(), granted)).partition(": ")
+    typical = ever.units if isinstance(ever, Admission) else ()
+    granted = answer.units if isinstance(answer, Admission) else typical
+    ask = size.gpu.ask()
+    title, _, tagline = (size.title or plain_title(ask, typical)).partition(": ")
     key = size_key(profile, size)
     meter = _meter(scene, units) if _wants_gpu(size) and not scene.snapshot.stale(scene.now) else None
     return Card(
         value=f"{profile.name}/{key}",
         profile=profile.name,
         size=key,
-        title=title,
-        tagline=size.description or tagline,
-        gives=_gives(resources, size, granted),
-        takes=_takes(scene.limits, granted),
+        name=title,
+        memory=memory_of(typical),
+        tagline=sentence(size.description or tagline),
+        gives=gives_text(ask, granted, resources.memory if resources else None),
+        takes="" if code in _QUOTA_TELLS else _takes(scene.limits, granted),
         details=(
             *_details(scene, resources, size, granted, units, image),
             *([Fact("Why not now", answer.message)] if isinstance(answer, Refusal) and code is Code.NO_GPU else []),
@@ -161,12 +188,13 @@ def make_card(scene: Scene, profile: Profile, size: ProfileSize, image: str | No
         available=code is None,
         badge=badge_text(code, meter.free if meter else None, meter.total if meter else None),
         code=code,
+        refused=answer.message if isinstance(answer, Refusal) else "",
         reason=reason_text(answer) if isinstance(answer, Refusal) else "",
         when="" if code is None else _when(scene, code, units),
         meter=meter,
-        whole=any(unit.whole for unit in granted) or size.gpu.ask().kind is GpuKind.FULL,
+        whole=any(unit.whole for unit in granted) or ask.kind is GpuKind.FULL,
         share=sum(unit.share for unit in granted),
-        notes=answer.notes if isinstance(answer, Admission) else (),
+        notes=_notes(ask, answer, typical) if isinstance(answer, Admission) else (),
     )
 
 
@@ -210,23 +238,29 @@ def _meter(scene: Scene, units: Sequence[Unit]) -> Meter:
     return Meter(free=sum(unit.uuid not in busy for unit in units), total=len(units))
 
 
-def _gives(resources: Resources | None, size: ProfileSize, granted: Sequence[Unit]) -> tuple[Fact, ...]:
-    """What a card gives, in a few words each."""
-    facts = [Fact("GPU", gpu_text(size.gpu.ask(), granted))]
-    if resources is not None:
-        facts += [Fact("CPU", cores_text(resources.cpus)), Fact("Memory", size_text(resources.memory))]
-    return tuple(facts)
+def _notes(ask: GpuAsk, answer: Admission, typical: Sequence[Unit]) -> tuple[str, ...]:
+    """What admission adds to its yes; what it says of units is said again without NVIDIA's names."""
+    of_units = {note for full in (True, False) for note in unit_notes(ask, answer.units, full)}
+    others = tuple(note for note in answer.notes if note not in of_units)
+    instead = instead_text(typical, answer.units)
+    return (instead, *others) if instead else others
 
 
 def _takes(limits: Limits, granted: Sequence[Unit]) -> str:
-    """From whose quota the GPU comes: "Takes 0.14 of your 1 GPU (group students)"; "" without a GPU or a cap."""
+    """From whose quota the GPU comes: "Takes 0.14 of your 1 GPU · group students"; "" without a GPU or a cap."""
     shared, counted = limits.values.get("max_gpu_equivalents"), limits.values.get("max_mig_instances")
     if granted and shared is not None and shared.value is not None:
         share = sum(unit.share for unit in granted)
-        return f"Takes {amount(share)} of your {amount(shared.value)} GPU ({shared.source})"
+        return f"Takes {_part(share, shared.value, 'GPU')} · {shared.source}"
     if granted and counted is not None and counted.value is not None:
-        return f"Takes {len(granted)} of your {amount(counted.value)} GPU units ({counted.source})"
+        return f"Takes {_part(len(granted), counted.value, 'GPU unit')} · {counted.source}"
     return ""
+
+
+def _part(taken: float, cap: float, what: str) -> str:
+    if amount(taken) == amount(cap):
+        return "all of your GPU quota"
+    return f"{amount(taken)} of your {amount(cap)} {what}{'' if cap == 1 else 's'}"
 
 
 def _details(
@@ -244,6 +278,7 @@ def _details(
         facts.append(Fact("GPU units", ", ".join(kinds) or "none on this server", "this profile"))
         models = sorted({unit.model for unit in units})
         facts += [Fact("GPU model", ", ".join(models))] if models else []
+        facts += [Fact("GPU memory", memory_of(granted))] if granted else []
         if granted:
             share = sum(unit.share for unit in granted)
             facts.append(Fact("Counts as", f"{amount(share)} of a GPU", _source(scene.limits, "max_gpu_equivalents")))
@@ -254,10 +289,14 @@ def _details(
             Fact("CPU", cores_text(resources.cpus), cpu_rule),
             Fact("Memory", size_text(resources.memory), memory_rule),
             Fact("Shared memory", size_text(resources.shm_size), _source(scene.limits, "shm_size")),
-            Fact("Processes", "no limit" if resources.pids_limit is None else str(resources.pids_limit)),
+            Fact("Processes", _number(resources.pids_limit), _source(scene.limits, "pids_limit")),
         ]
     facts.append(Fact("Image", image or "not on this server"))
     return tuple(facts)
+
+
+def _number(value: int | None) -> str:
+    return "no limit" if value is None else str(value)
 
 
 def _source(limits: Limits, key: str) -> str:

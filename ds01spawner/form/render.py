@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .request import FRESH_CHOICE
 from .view import FormView
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
@@ -26,4 +27,4 @@ def _environment() -> Environment:
 
 def render_form(view: FormView) -> str:
     """`view` as HTML for `Spawner.options_form`: style and script included, every text escaped."""
-    return _environment().get_template("ds01_form.html").render(view=view)
+    return _environment().get_template("ds01_form.html").render(view=view, fresh_choice=FRESH_CHOICE)

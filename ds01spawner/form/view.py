@@ -1,6 +1,6 @@
 """What the spawn form shows, as plain values: cards, notes, quota lines. Pure; `form.render_form` makes HTML of it.
 
-The cards are made in `form_cards`; here they are put together, and one of them is preselected.
+The cards are made in `cards`; here they are put together, and one of them is preselected.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ds01spawner import admission_words as words
+from ds01spawner.containers import aime
 from ds01spawner.errors import Code, Ds01Error, Refusal
-from ds01spawner.images import SavedImage, allowed
+from ds01spawner.images import SavedImage, allowed, continued
 from ds01spawner.model import (
     DEFAULT_SERVER,
     Inventory,
@@ -24,9 +25,13 @@ from ds01spawner.model import (
 )
 from ds01spawner.policy.schema import Profile
 
+from . import words as plain
 from .cards import Card, Fact, Scene, make_card
 from .choice import choose, default_profile, profile_title, size_key
 from .request import IMAGE_FIELD, SpawnRequest
+
+AS_LEFT = "As this server left it"
+FRESH = "Start fresh from the profile's image (what was saved stays in this list)"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Group:
 
     Attributes:
         image: the profile's own; image_label: what comes without a wish (the same, or what this server saved of it).
+        fresh_label: offers to begin anew from the profile's own; "" where there is nothing to leave behind.
         images: the others to choose from.
     """
 
@@ -54,12 +60,35 @@ class Group:
     image: str | None
     cards: tuple[Card, ...]
     image_label: str = ""
+    fresh_label: str = ""
     images: tuple[ImageOption, ...] = ()
 
     @property
     def image_field(self) -> str:
         """Name of the profile's image selector."""
         return f"{IMAGE_FIELD}{self.profile}"
+
+    @property
+    def selectable(self) -> bool:
+        """True if there is more than one image to start from."""
+        return bool(self.images or self.fresh_label)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Profiles that share one grid: one that has several cards, with its title, or some with one card each.
+
+    The title is "" where the cards need none.
+    """
+
+    groups: tuple[Group, ...]
+    title: str = ""
+    description: str = ""
+
+    @property
+    def count(self) -> int:
+        """Cards in the grid."""
+        return sum(len(group.cards) for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -77,9 +106,28 @@ class FormView:
     memory: str = ""
 
     @property
+    def sections(self) -> tuple[Section, ...]:
+        """The grids in order: profiles with one card each stand together, without saying their titles twice."""
+        found: list[Section] = []
+        for group in self.groups:
+            if len(group.cards) > 1:
+                found.append(Section((group,), group.title, group.description))
+            elif found and len(found[-1].groups[-1].cards) == 1:
+                found[-1] = replace(found[-1], groups=(*found[-1].groups, group))
+            else:
+                found.append(Section((group,), "Also offered" if found else ""))
+        return tuple(found)
+
+    @property
     def cards(self) -> tuple[Card, ...]:
         """All cards in order."""
         return tuple(card for group in self.groups for card in group.cards)
+
+    @property
+    def adjusted(self) -> bool:
+        """True if something is filled in that only the details show."""
+        selected = any(option.selected for group in self.groups for option in group.images)
+        return selected or bool(self.project or self.cpus or self.memory)
 
     @property
     def chosen(self) -> Card | None:
@@ -112,11 +160,14 @@ def build_view(
     """
     known = snapshot or Snapshot(at=datetime.min.replace(tzinfo=timezone.utc), inventory=Inventory((), "none"))
     scene = Scene(server_name, limits, usage, known, now)
+    remembered, lost = _remembered(last_choice, server_name, profiles)
+    before = None if remembered is None else remembered.profile
     groups = tuple(
-        group for profile in profiles if (group := _group(scene, profile, image_of, private_images)) is not None
+        group
+        for profile in profiles
+        if (group := _group(scene, profile, image_of, private_images, started=profile.name == before)) is not None
     )
     notes = _machine_notes(groups, known, now, policy_problems)
-    remembered, lost = _remembered(last_choice, server_name, profiles)
     groups, chosen_note = _preselect(groups, profiles, remembered, lost)
     view = FormView(
         user=user,
@@ -137,8 +188,10 @@ def _group(
     profile: Profile,
     image_of: Callable[[Profile], str | None],
     private_images: Sequence[SavedImage],
+    *,
+    started: bool,
 ) -> Group | None:
-    """The profile's cards, None if none of them is for this user."""
+    """The profile's cards, None if none of them is for this user. `started`: this server was started with it last."""
     missing = ""
     try:
         image = image_of(profile)
@@ -151,15 +204,27 @@ def _group(
     )
     if not cards:
         return None
+    if len(cards) == 1:
+        cards = (_alone(profile, cards[0]),)
+    own = None if image is None else continued(private_images, scene.server_name, image)
+    goes_on = own is not None or (started and image is not None)
     return Group(
         profile=profile.name,
         title=profile_title(profile),
         description=profile.description or "",
         image=image,
         cards=cards,
-        image_label=_own_image_label(scene, image, private_images),
-        images=_image_options(profile, image, private_images),
+        image_label=f"{AS_LEFT} ({image})" if goes_on else f"The image of this profile ({image})",
+        fresh_label=FRESH if goes_on else "",
+        images=_image_options(profile, image, private_images, scene.server_name),
     )
+
+
+def _alone(profile: Profile, card: Card) -> Card:
+    """A profile's only card: it speaks for the profile, which has no heading then."""
+    name = plain.joined_title(profile_title(profile), card.name)
+    about = plain.sentence(profile.description or "")
+    return replace(card, name=name, tagline=" ".join(dict.fromkeys(text for text in (card.tagline, about) if text)))
 
 
 # --------------------------------------------------------------------------- quota
@@ -191,35 +256,43 @@ def quota_sentence(lines: Sequence[Fact]) -> str:
 def _machine_notes(
     groups: Sequence[Group], snapshot: Snapshot, now: datetime, policy_problems: bool
 ) -> tuple[str, ...]:
-    """What is wrong for everybody."""
+    """What stands in the way of several cards, once."""
     notes = []
     if policy_problems:
         notes.append("The rules of this server are being edited and do not parse; the last good ones are in force.")
-    if any(card.code is Code.INVENTORY_STALE for group in groups for card in group.cards):
+    cards = [card for group in groups for card in group.cards]
+    if any(card.code is Code.INVENTORY_STALE for card in cards):
         notes.append(f"{words.stale(snapshot, now).message} This page keeps looking.")
+    notes += dict.fromkeys(card.refused for card in cards if card.code is Code.TOO_MANY_SERVERS)
     return tuple(notes)
 
 
 # --------------------------------------------------------------------------- images
 
 
-def _own_image_label(scene: Scene, image: str | None, saved: Sequence[SavedImage]) -> str:
-    """What the profile's image means for this server (`images.choose_image`: its own last state goes on)."""
-    kept = any(item.server_name == scene.server_name and item.base == image for item in saved)
-    return f"{image} ({'as this server left it' if kept else 'the image of this profile'})"
+def _image_options(
+    profile: Profile, image: str | None, saved: Sequence[SavedImage], server_name: str
+) -> tuple[ImageOption, ...]:
+    """Images the user may take instead: those the profile names in full, and what they saved on a base it allows.
 
-
-def _image_options(profile: Profile, image: str | None, saved: Sequence[SavedImage]) -> tuple[ImageOption, ...]:
-    """Images the user may take instead: those the profile names in full, and what they saved on a base it allows."""
+    What this server goes on with by itself is no choice of its own.
+    """
     if image is None:
         return ()
     named = [ref for ref in profile.images if ref != image and not set("*?[") & set(ref)]
+    by_itself = [continued(saved, server_name, ref) for ref in (image, *named)]
     options = [ImageOption(ref, ref) for ref in named]
-    for item in reversed(saved):
-        if allowed(item.base, profile, image):
-            server = item.server_name or DEFAULT_SERVER
-            options.append(ImageOption(item.ref, f"Saved from your server {server} ({item.base})", saved=True))
+    options += [
+        ImageOption(item.ref, _saved_label(item), saved=True)
+        for item in reversed(saved)
+        if allowed(item.base, profile, image) and item not in by_itself
+    ]
     return tuple(options)
+
+
+def _saved_label(item: SavedImage) -> str:
+    when = f" on {item.at.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC" if item.at else ""
+    return f"Saved from your server {item.server_name or DEFAULT_SERVER}{when} ({item.base})"
 
 
 # --------------------------------------------------------------------------- the preselected card
@@ -283,19 +356,24 @@ def _smallest(cards: Sequence[Card], profiles: Sequence[Profile]) -> Card:
 
 
 def _prefill(view: FormView, remembered: Request | None) -> FormView:
-    """Put the rest of a last choice that is still valid into the form: image, folder, fewer cores, less memory."""
+    """Put the rest of a last choice that is still valid into the form: image, folder, fewer cores, less memory.
+
+    A fresh start and a saved image are no habit: the server goes on from where they led.
+    """
     chosen = view.chosen
     if remembered is None or chosen is None or chosen.value != f"{remembered.profile}/{remembered.size}":
         return view
-    offered = {option.ref for group in view.groups for option in group.images if group.profile == chosen.profile}
+    mine = next(group for group in view.groups if group.profile == chosen.profile)
+    offered = {option.ref for option in mine.images}
     notes = view.notes
-    if remembered.image is not None and remembered.image not in offered | {_image(view, chosen)}:
+    wish = remembered.image
+    if wish is not None and aime.SEPARATOR not in wish and wish not in offered | {mine.image}:
         notes = (*notes, "The image you chose last time is not offered any more; the profile's own is taken.")
     groups = tuple(
         replace(
             group,
             images=tuple(
-                replace(option, selected=group.profile == chosen.profile and option.ref == remembered.image)
+                replace(option, selected=group is mine and not option.saved and option.ref == wish)
                 for option in group.images
             ),
         )
@@ -309,10 +387,6 @@ def _prefill(view: FormView, remembered: Request | None) -> FormView:
         cpus="" if remembered.cpus is None else f"{remembered.cpus:g}",
         memory="" if remembered.memory is None else exact_size(remembered.memory),
     )
-
-
-def _image(view: FormView, card: Card) -> str | None:
-    return next(group.image for group in view.groups if group.profile == card.profile)
 
 
 def exact_size(size: int) -> str:

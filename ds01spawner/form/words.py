@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from ds01spawner.admission_words import amount
@@ -12,6 +13,9 @@ from ds01spawner.policy.quantity import format_duration
 
 _GIB = 2**30
 _MIB = 2**20
+_TELLS_MEMORY = re.compile(r"\d\s?(?:[GM]i?B|[gm]b)\b")
+_NO_TITLE = ("standard", "no gpu")
+"""Titles of a size that say nothing where it is the only one (`policy.schema.IMPLICIT_SIZE`)."""
 
 
 def size_text(size: int | None) -> str:
@@ -53,6 +57,58 @@ def _memory_text(unit: Unit) -> str:
     return f"{named.memory_gb} GB" if named else f"{max(1, round(unit.memory_bytes / _GIB))} GB"
 
 
+def memory_of(units: Sequence[Unit]) -> str:
+    """GPU memory of what is granted, "5 GB" or "40 GB each"; "" without a GPU."""
+    if not units:
+        return ""
+    memory = _memory_text(min(units, key=lambda unit: unit.memory_bytes))
+    return f"{memory} each" if len(units) > 1 else memory
+
+
+def sized(title: str, memory: str) -> str:
+    """A title with the GPU memory it stands for, unless it says so itself: "Small GPU, 5 GB"."""
+    return title if not memory or _TELLS_MEMORY.search(title) else f"{title}, {memory}"
+
+
+def gives_text(ask: GpuAsk, granted: Sequence[Unit], memory: int | None) -> str:
+    """What one gets, for people who know neither MIG nor cgroups: "A slice of a GPU · 16 GB memory"."""
+    if ask.count == 0:
+        gpu = "No GPU"
+    elif ask.count > 1:
+        gpu = f"{ask.count} whole GPUs"
+    elif granted:
+        gpu = "A whole GPU" if granted[0].whole else "A slice of a GPU"
+    else:
+        gpu = {GpuKind.MIG: "A slice of a GPU", GpuKind.FULL: "A whole GPU"}.get(ask.kind, "A GPU")
+    return gpu if memory is None else f"{gpu} · {size_text(memory)} memory"
+
+
+def instead_text(typical: Sequence[Unit], now: Sequence[Unit]) -> str:
+    """What is told where another unit than usual would be given; "" where it is as usual."""
+    if not typical or not now:
+        return ""
+    usual, found = (sum(unit.memory_bytes for unit in units) for units in (typical, now))
+    if memory_of(typical) == memory_of(now):
+        return ""
+    return f"What is free now is {'larger' if found > usual else 'smaller'}: {memory_of(now)}."
+
+
+def sentence(text: str) -> str:
+    """`text` with a capital first and a full stop last."""
+    text = text.strip()
+    if not text:
+        return ""
+    return text[0].upper() + text[1:] + ("" if text[-1] in ".!?…" else ".")
+
+
+def joined_title(profile: str, size: str) -> str:
+    """One title for a profile of which one size is offered: not the same twice."""
+    one, other = profile.casefold(), size.casefold()
+    if not size or other in _NO_TITLE or one.startswith(other):
+        return profile
+    return size if other.startswith(one) else f"{profile}: {size}"
+
+
 def unit_words(unit: Unit) -> str:
     """One unit for its holder: "a 5 GB slice of one A100-40GB", "one whole A100-40GB with 40 GB"."""
     memory = _memory_text(unit)
@@ -90,6 +146,8 @@ def reason_text(refusal: Refusal) -> str:
     """
     if refusal.code is Code.INVENTORY_STALE:
         return "What is free is not known right now."  # the rest stands once, on top of the form
+    if refusal.code is Code.TOO_MANY_SERVERS:
+        return "You run as many servers as you may."  # and so does this
     if refusal.code is not Code.NO_GPU:
         return refusal.message
     facts = refusal.facts

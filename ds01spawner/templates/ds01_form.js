@@ -12,7 +12,7 @@
   var last = Date.now();
 
   function radios(where) {
-    return Array.from(where.querySelectorAll('[data-ds01-cards] input[name="choice"]'));
+    return Array.from(where.querySelectorAll('input[name="choice"]'));
   }
   function checked(where) {
     return radios(where).find(function (radio) { return radio.checked; });
@@ -35,6 +35,28 @@
     });
   }
 
+  /* Other cards than before, because the rules were edited: what was chosen, typed and opened stays as far as it can. */
+  function replaceChoice(fresh, value) {
+    var place = root.querySelector("[data-ds01-choice]");
+    var open = Boolean(place.querySelector("details[open]"));
+    var typed = Array.from(place.querySelectorAll("input.form-control, select")).map(function (field) {
+      return [field.name, field.value];
+    });
+    place.innerHTML = fresh.querySelector("[data-ds01-choice]").innerHTML;
+    var details = place.querySelector("details");
+    if (details) details.open = open;
+    typed.forEach(function (pair) {
+      var field = Array.from(place.querySelectorAll("input.form-control, select")).find(function (other) {
+        return other.name === pair[0];
+      });
+      if (!field) return;
+      field.value = pair[1];
+      if (field.selectedIndex === -1) field.selectedIndex = 0;
+    });
+    var again = radios(root).find(function (radio) { return radio.value === value && !radio.disabled; });
+    if (again) again.checked = true;
+  }
+
   function swap(fresh) {
     var now = checked(root);
     var wasReady = Boolean(now) && !now.disabled;
@@ -44,10 +66,7 @@
     if (same) {
       radios(root).forEach(function (radio, index) { radio.disabled = theirs[index].disabled; });
     } else {
-      var value = now && now.value;
-      root.querySelector("[data-ds01-cards]").innerHTML = fresh.querySelector("[data-ds01-cards]").innerHTML;
-      var again = radios(root).find(function (radio) { return radio.value === value && !radio.disabled; });
-      if (again) again.checked = true;
+      replaceChoice(fresh, now && now.value);
     }
     root.querySelectorAll("[data-ds01-live]").forEach(function (place) {
       var name = place.getAttribute("data-ds01-live");

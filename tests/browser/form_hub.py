@@ -1,7 +1,7 @@
 """Configuration of a real JupyterHub that shows the spawn form without Docker: for browser tests.
 
 `DS01_FORM_WORLD` names a JSON file that tests rewrite while the Hub runs:
-    {"taken": {"1g.5gb": 9, "whole": 1}, "own": 0, "stale": false, "last_choice": {...}}
+    {"taken": {"1g.5gb": 9, "whole": 1}, "own": 0, "stale": false, "last_choice": {...}, "profiles": {...}}
 The Hub is reached directly, without a proxy. A start that is not refused stays in its stages until it is stopped.
 """
 
@@ -34,6 +34,7 @@ from ds01spawner.form.render import TEMPLATES, render_form
 from ds01spawner.form.request import SpawnRequest, options_from_form, options_from_query
 from ds01spawner.form.view import build_view, quota_sentence
 from ds01spawner.model import DEFAULT_SERVER, Holding, Limits, Snapshot, Usage
+from ds01spawner.policy.schema import Profile
 from ds01spawner.progress import GPU, IMAGE, QUOTA, ProgressLog
 
 
@@ -68,6 +69,11 @@ def world(user: str) -> tuple[Limits, Usage, Snapshot, datetime, dict[str, Any]]
     return limits, Usage(tuple(holdings)), Snapshot(at=at, inventory=inventory), now, said
 
 
+def offered(said: dict[str, Any]) -> tuple[Profile, ...]:
+    """The profiles of the file, else those of the scene."""
+    return form_scene.profiles(said.get("profiles", form_scene.PROFILES))
+
+
 def tell(what: str, text: str) -> None:
     """Leave word for the test."""
     Path(os.environ["DS01_FORM_WORLD"] + what).write_text(text)
@@ -85,7 +91,7 @@ class FormSpawner(Spawner):
                 user=self.user.name,
                 server_name=self.name,
                 limits=limits,
-                profiles=form_scene.profiles(),
+                profiles=offered(said),
                 usage=usage,
                 snapshot=snapshot,
                 now=now,
@@ -111,7 +117,7 @@ class FormSpawner(Spawner):
         limits, usage, snapshot, now, said = world(self.user.name)
         try:
             request = SpawnRequest.parse(self.user_options, server_name=self.name, door="form")
-            profile, size = choose(request, form_scene.profiles())
+            profile, size = choose(request, offered(said))
             admission.check(request, profile, size, profile.image or "", limits, usage, snapshot, now)
         except Ds01Error as error:
             refused = web.HTTPError(error.http_status, error.message)

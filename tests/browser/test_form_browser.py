@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from ds01spawner.form.view import FRESH
+
 pytestmark = pytest.mark.browser
 
 CONFIG = Path(__file__).parent / "form_hub.py"
@@ -172,7 +174,7 @@ def test_browser_without_javascript_the_form_works(hub: Hub, open_form: Opened) 
     expect(card(page, SMALL)).to_be_checked()
     expect(page.locator("#noscript")).to_be_hidden()
     page.locator("label", has=page.get_by_text("writing and looking at data")).click()
-    page.get_by_text("More options").click()
+    page.locator("details summary").click()
     page.fill("#ds01-project", "thesis")
     page.get_by_role("button", name="Start").click()
     page.wait_for_url("**/spawn-pending/**")
@@ -221,7 +223,7 @@ def test_browser_availability_is_live_and_the_choice_stays(hub: Hub, open_form: 
     page.clock.install()
     page.reload()
     expect(page.locator(f'[data-ds01-live="now {SMALL}"]')).to_contain_text("9 of 9 free now")
-    page.locator("details.ds01-more summary").click()
+    page.locator("details summary").click()
     page.fill("#ds01-project", "thesis")
     page.locator("label", has=page.get_by_text("right for coursework")).click()
     start = page.get_by_role("button", name="Start")
@@ -242,10 +244,15 @@ def test_browser_availability_is_live_and_the_choice_stays(hub: Hub, open_form: 
     card(page, MEDIUM).check()
     expect(start).to_be_enabled()
 
+    page.select_option("#ds01-image-1", "aimehub/pytorch-2.7.1-aime")
     hub.set(limits={"allow_full_gpu": False})
     page.clock.fast_forward(10_000)
     expect(card(page, WHOLE)).to_have_count(0)
     expect(card(page, MEDIUM)).to_be_checked()
+    expect(page.locator("details")).to_have_attribute("open", "")
+    assert page.input_value("#ds01-project") == "thesis", "what was typed stays when the cards change"
+    assert page.input_value("#ds01-image-1") == "aimehub/pytorch-2.7.1-aime"
+    expect(page.locator(".ds01-sheet:visible h3")).to_contain_text("Medium GPU, 20 GB")
 
 
 def test_browser_a_preselection_that_nobody_touched_follows_what_is_free(hub: Hub, open_form: Opened) -> None:
@@ -285,6 +292,55 @@ def test_browser_phone(hub: Hub, open_form: Opened, size: tuple[int, int]) -> No
     expect(card(page, MEDIUM)).to_be_checked()
 
 
+SINGLES: dict[str, Any] = {
+    "small": {"title": "Small GPU", "image": "i", "sizes": {"s": {"gpu": {"mig_profile": "1g.5gb"}}}},
+    "whole": {"title": "Whole GPU", "image": "i", "sizes": {"s": {"gpu": {"kind": "full"}}}},
+    "cpu": {"title": "CPU only", "image": "i", "description": "for writing and plotting"},
+}
+
+
+def test_browser_three_profiles_stand_in_one_row_with_start_in_sight(hub: Hub, open_form: Opened) -> None:
+    hub.set(profiles=SINGLES)
+    page = open_form("rows", viewport={"width": 1100, "height": 900})
+    boxes = [box for found in page.locator(".ds01-card").all() if (box := found.bounding_box())]
+    assert len(boxes) == 3
+    assert len({round(box["y"]) for box in boxes}) == len({round(box["height"]) for box in boxes}) == 1
+    start = page.get_by_role("button", name="Start").bounding_box()
+    assert start is not None
+    assert start["y"] + start["height"] < 600, "no need to scroll, nor to look for it"
+    assert page.evaluate("document.documentElement.scrollHeight") <= 900
+    expect(page.get_by_text("Small GPU", exact=False).locator("visible=true")).to_have_count(2)  # card, Start bar
+    page.mouse.click(boxes[2]["x"] + boxes[2]["width"] - 8, boxes[2]["y"] + boxes[2]["height"] - 8)
+    expect(card(page, "cpu/standard")).to_be_checked()  # the whole card can be clicked
+
+
+@pytest.mark.parametrize("javascript", [True, False])
+def test_browser_the_one_disclosure_follows_the_choice(hub: Hub, open_form: Opened, javascript: bool) -> None:
+    hub.set()
+    page = open_form("details", java_script_enabled=javascript)
+    shown, selects = page.locator(".ds01-sheet:visible"), page.locator("select:visible")
+    expect(shown).to_have_count(0)
+    page.locator("details summary").click()
+    expect(shown).to_have_count(1)
+    expect(shown).to_contain_text("1g.5gb")
+    expect(selects).to_have_count(1)
+    card(page, WHOLE).check()
+    expect(shown).to_contain_text("whole GPU")
+    card(page, "r/cpu").check()
+    expect(shown).to_contain_text("lab/rstudio:4")
+    expect(selects).to_have_count(0)
+
+
+def test_browser_a_fresh_start_is_asked_for_under_details(hub: Hub, open_form: Opened) -> None:
+    hub.set(last_choice={"size": "cpu"})
+    page = open_form("fresh")
+    page.locator("details summary").click()
+    page.get_by_label("Start from").locator("visible=true").select_option(label=FRESH)
+    page.get_by_role("button", name="Start").click()
+    page.wait_for_url("**/spawn-pending/**")
+    assert hub.asked() == {"profile": "pytorch", "size": "cpu", "fresh": True}
+
+
 CONTRASTS = """() => {
   const parse = text => { const n = text.match(/[\\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
   const over = (top, under) => [0, 1, 2].map(i => top[i] * top[3] + under[i] * (1 - top[3])).concat(1);
@@ -300,12 +356,13 @@ CONTRASTS = """() => {
   };
   const found = [];
   const places = ".ds01-title, .ds01-tagline, .ds01-takes, .ds01-badge, .ds01-reason, .ds01-when, .ds01-note," +
-    " .ds01-gives b, .ds01-gives small, .ds01-quota dt, .ds01-quota small, .ds01-hint, .ds01-start button," +
+    " .ds01-gives, .ds01-sheet dt, .ds01-sheet dd, .ds01-sheet small," +
+    " .ds01-quota dt, .ds01-quota small, .ds01-hint, .ds01-start button," +
     " [data-ds01-chosen]";
   for (const element of document.querySelectorAll(places)) {
     const card = element.closest(".ds01-card");
     const greyed = card && card.querySelector("input").disabled;
-    if (greyed && element.matches(".ds01-title, .ds01-gives *")) continue;  // WCAG 1.4.3: inactive components
+    if (greyed && element.matches(".ds01-title, .ds01-lines *")) continue;  // WCAG 1.4.3: inactive components
     const under = background(element);
     const [one, two] = [light(over(parse(getComputedStyle(element).color), under)), light(under)];
     const ratio = (Math.max(one, two) + 0.05) / (Math.min(one, two) + 0.05);
@@ -320,6 +377,7 @@ def test_browser_every_text_has_contrast(hub: Hub, open_form: Opened, scheme: st
     hub.set(taken={"3g.20gb": 1}, last_choice={"size": "medium"})
     page = open_form("contrast", color_scheme=scheme, reduced_motion="reduce")
     assert page.evaluate("document.documentElement.dataset.bsTheme") == scheme
+    page.locator("details summary").click()
     found = page.evaluate(CONTRASTS)
     assert len(found) > 20
     assert [item for item in found if item[1] < 4.5] == []

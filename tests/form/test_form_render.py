@@ -147,7 +147,46 @@ def test_a_form_without_cards_says_so() -> None:
 def test_live_parts_are_named_once() -> None:
     names = [tag["data-ds01-live"] for tag in soup(render_form(view())).select("[data-ds01-live]")]
     assert len(names) == len(set(names))
-    assert {"notes", "quota", "now pytorch/small"} <= set(names)
+    assert {"notes", "quota", "sheets", "now pytorch/small"} <= set(names)
+
+
+def test_one_disclosure_shows_the_chosen_card_s_part() -> None:
+    page = soup(render_form(view()))
+    assert len(page.select("details")) == 1
+    assert not page.select("details[open]")
+    rules = str(page.select("style")[1])
+    for radio in radios(page):
+        number = str(radio["id"]).removeprefix("ds01-")
+        assert f'.ds01:has(#ds01-{number}:checked) [data-ds01-for~="{number}"] {{ display: block; }}' in rules
+        sheet, *others = page.select(f'.ds01-for[data-ds01-for~="{number}"]')
+        title = page.find(id=radio["aria-labelledby"])
+        heading = sheet.select_one("h3")
+        assert title is not None and heading is not None
+        assert heading.get_text().startswith(title.get_text())
+        profile = str(radio["value"]).partition("/")[0]
+        assert [select["name"] for other in others for select in other.select("select")] == [
+            f"image:{profile}" for _ in others
+        ]
+    assert soup(render_form(view(last_choice={"size": "cpu", "project": "thesis"}))).select("details[open]")
+
+
+def test_a_title_is_said_once_for_a_profile_with_one_card() -> None:
+    single = {"a": {"title": "Alpha", "image": "i"}, "b": {"title": "Beta", "image": "i"}, "c": {"image": "i"}}
+    page = soup(render_form(view(profiles=profiles(single))))
+    assert not page.select("h2")
+    assert [title.get_text() for title in page.select(".ds01-title")] == ["Alpha", "Beta", "c"]
+    assert len(page.select(".ds01-cards")) == 1
+    assert [tag.get_text() for tag in soup(render_form(view())).select("h2")] == ["PyTorch", "Also offered"]
+
+
+def test_a_fresh_start_is_offered_and_sent() -> None:
+    assert "@fresh" not in render_form(view())
+    page = soup(render_form(view(last_choice={"size": "cpu"})))
+    option = page.select_one('select[name="image:pytorch"] option[value="@fresh"]')
+    assert option is not None
+    assert "Start fresh from the profile's image" in option.get_text()
+    option["selected"] = ""
+    assert options_from_form(submitted(page)) == {"profile": "pytorch", "size": "cpu", "fresh": True}
 
 
 # --------------------------------------------------------------------------- inside the Hub's pages

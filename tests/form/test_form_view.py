@@ -34,17 +34,94 @@ def test_an_empty_box_offers_everything_in_plain_words() -> None:
     assert values(form) == ALL
     assert all(card.available and not card.reason for card in form.cards)
     small = card(form, "pytorch/small")
-    assert (small.title, small.tagline) == ("Small GPU, 5 GB", "right for coursework")
-    assert [(fact.label, fact.value) for fact in small.gives] == [
-        ("GPU", "5 GB slice"),
-        ("CPU", "4 cores"),
-        ("Memory", "16 GB"),
-    ]
-    assert small.takes == "Takes 0.14 of your 1 GPU (group students)"
+    assert (small.title, small.tagline) == ("Small GPU, 5 GB", "Right for coursework.")
+    assert small.gives == "A slice of a GPU · 16 GB memory"
+    assert small.takes == "Takes 0.14 of your 1 GPU · group students"
     assert small.badge == "9 of 9 free now"
-    assert card(form, "pytorch/medium").tagline == "for training a small model"
-    assert card(form, "pytorch/cpu").badge == "can start now"
-    assert card(form, "pytorch/cpu").takes == ""
+    assert card(form, "pytorch/medium").tagline == "For training a small model."
+    whole, cpu = card(form, "pytorch/whole"), card(form, "pytorch/cpu")
+    assert (whole.gives, whole.takes) == ("A whole GPU · 32 GB memory", "Takes all of your GPU quota · group students")
+    assert (cpu.badge, cpu.gives, cpu.takes) == ("can start now", "No GPU · 8 GB memory", "")
+    details = {fact.label: fact.value for fact in small.details}
+    assert (details["CPU"], details["GPU memory"]) == ("4 cores", "5 GB")
+
+
+def test_a_title_tells_the_memory_unless_it_does_so_itself() -> None:
+    sizes = {
+        "s": {"title": "Small: right for coursework", "gpu": {"mig_profile": "1g.5gb"}},
+        "m": {"title": "Medium, 20GB", "gpu": {"mig_profile": "3g.20gb"}},
+        "two": {"title": "Two GPUs", "gpu": {"kind": "full", "count": "2"}},
+        "c": {"title": "No GPU"},
+    }
+    rich = limits(max_gpu_equivalents=4.0, max_gpu_slots_per_container=4)
+    form = view(profiles=profiles({"p": {"image": "i", "sizes": sizes}}), limits=rich, snapshot=snapshot(box(whole=2)))
+    titles = ["Small, 5 GB", "Medium, 20GB", "Two GPUs, 40 GB each", "No GPU"]
+    assert [found.title for found in form.cards] == titles
+    assert card(form, "p/two").gives == "2 whole GPUs · 32 GB memory"
+
+
+def test_what_is_free_now_may_be_larger_than_usual() -> None:
+    inventory = box()
+    sizes = {"s": {"title": "Small", "gpu": {"mig_profile": "1g.5gb", "allow_larger": "true"}}}
+    form = view(
+        profiles=profiles({"p": {"title": "P", "image": "i", "sizes": sizes}}),
+        usage=Usage((held("bo", units(inventory, "1g.5gb")),)),
+        snapshot=snapshot(inventory),
+    )
+    only = form.cards[0]
+    assert (only.title, only.notes) == ("P: Small, 5 GB", ("What is free now is larger: 10 GB.",))
+    assert only.takes == "Takes 0.29 of your 1 GPU · group students"
+    assert {fact.label: fact.value for fact in only.details}["GPU memory"] == "10 GB"
+
+
+# --------------------------------------------------------------------------- sections
+
+
+@pytest.mark.parametrize(
+    ("profile", "size", "title", "tagline"),
+    [
+        (
+            {"title": "Small GPU", "description": "right for x"},
+            {"title": "Small GPU"},
+            "Small GPU, 5 GB",
+            "Right for x.",
+        ),
+        ({"title": "PyTorch"}, {"title": "Small: for x"}, "PyTorch: Small, 5 GB", "For x."),
+        ({"title": "PyTorch", "description": "Notebooks!"}, {"description": "for x"}, None, "For x. Notebooks!"),
+        ({"title": "Same", "description": "for x"}, {"title": "Same", "description": "For x."}, "Same, 5 GB", "For x."),
+        ({"title": "Small GPU"}, {"title": "small"}, "Small GPU, 5 GB", ""),
+        ({"title": "Small GPU, 5 GB"}, {"title": "Small GPU"}, "Small GPU, 5 GB", ""),
+        ({"title": "Small GPU"}, {"title": "Small GPU, 5 GB: for x"}, "Small GPU, 5 GB", "For x."),
+    ],
+)
+def test_the_only_card_of_a_profile_speaks_for_it(
+    profile: dict[str, Any], size: dict[str, Any], title: str | None, tagline: str
+) -> None:
+    sizes = {"s": {**size, "gpu": {"mig_profile": "1g.5gb"}}}
+    form = view(profiles=profiles({"p": {**profile, "image": "i", "sizes": sizes}}))
+    only = form.cards[0]
+    assert (only.title, only.tagline) == (title or "PyTorch: GPU, 5 GB slice", tagline)
+    assert [section.title for section in form.sections] == [""]
+
+
+def test_a_size_without_a_name_adds_none() -> None:
+    assert view(profiles=profiles({"p": {"title": "Plain", "image": "i"}})).cards[0].title == "Plain"
+
+
+def test_profiles_with_one_card_share_a_grid() -> None:
+    one, two = {"s": {}}, {"s": {}, "t": {}}
+    shapes = {"a": one, "b": one, "c": two, "d": one, "e": one, "f": two}
+    source = {name: {"title": name.upper(), "image": "i", "sizes": sizes} for name, sizes in shapes.items()}
+    sections = view(profiles=profiles(source)).sections
+    assert [(section.title, section.count) for section in sections] == [
+        ("", 2),
+        ("C", 2),
+        ("Also offered", 2),
+        ("F", 2),
+    ]
+
+
+# --------------------------------------------------------------------------- reasons
 
 
 def test_mig_names_are_under_details_only() -> None:
@@ -58,7 +135,7 @@ def test_mig_names_are_under_details_only() -> None:
         small.badge,
         small.reason,
         small.when,
-        *(f.value for f in small.gives),
+        small.gives,
     ]
     assert not any("1g" in text or "MIG" in text for text in face)
     details = {fact.label: fact for fact in small.details}
@@ -133,8 +210,8 @@ def test_several_gpus_count_whole_ones_of_any_model() -> None:
         snapshot=snapshot(replace(inventory, gpus=odd)),
     )
     only = form.cards[0]
-    assert (only.badge, only.title) == ("3 of 3 free now", "GPU, 2 × 40 GB, whole")
-    assert only.takes == "Takes 2 of your 4 GPU (group students)"
+    assert (only.badge, only.title) == ("3 of 3 free now", "p: GPU, 2 × 40 GB, whole")
+    assert only.takes == "Takes 2 of your 4 GPUs · group students"
 
 
 # --------------------------------------------------------------------------- quota, and when
@@ -190,6 +267,10 @@ def test_too_many_servers_closes_every_card() -> None:
     assert {found.code for found in form.cards} == {Code.TOO_MANY_SERVERS}
     assert form.chosen is not None
     assert form.chosen.value == "pytorch/small"
+    assert {found.reason for found in form.cards} == {"You run as many servers as you may."}
+    (note,) = form.notes
+    assert "may run 3 at a time" in note, "the whole sentence stands once"
+    assert not any(found.takes for found in form.cards)
 
 
 def test_the_quota_lines_count_this_server_too() -> None:
@@ -375,9 +456,44 @@ def test_own_saved_images_are_offered_where_their_base_is() -> None:
     ]
     assert "server main" in pytorch.images[1].label
     assert r.images == ()
-    assert pytorch.image_label == f"{base} (the image of this profile)"
+    assert pytorch.image_label == f"The image of this profile ({base})"
+    assert pytorch.fresh_label == ""
     again = view(private_images=saved, server_name="lab").groups[0]
-    assert again.image_label == f"{base} (as this server left it)"
+    assert again.image_label == f"As this server left it ({base})"
+    assert "fresh" in again.fresh_label
+    assert [option.ref for option in again.images if option.saved] == ["ds01/main._.70001:1"], "not its own"
+
+
+def test_what_was_set_aside_is_listed_with_its_date() -> None:
+    base = PROFILES["pytorch"]["image"]
+    saved = [
+        SavedImage("x:main._.70001-1", "sha256:1", base, "", aside=True, at=NOW),
+        SavedImage("x:main._.70001-2", "sha256:2", base, ""),
+    ]
+    (option,) = [option for option in view(private_images=saved).groups[0].images if option.saved]
+    assert option.ref == "x:main._.70001-1"
+    assert option.label == f"Saved from your server main on 2026-11-23 12:00 UTC ({base})"
+    r = {"r": {"image": "lab/rstudio:4"}}
+    assert not view(profiles=profiles(r), private_images=saved).groups[0].selectable
+
+
+def test_a_server_that_was_started_before_may_start_fresh() -> None:
+    form = view(last_choice={"size": "cpu", "fresh": True})
+    pytorch, r = form.groups
+    assert pytorch.fresh_label
+    assert pytorch.image_label.startswith("As this server left it")
+    assert r.fresh_label == ""
+    assert form.notes == ()
+    assert not form.adjusted, "a fresh start is no habit"
+
+
+def test_a_saved_image_is_no_habit_either() -> None:
+    base = PROFILES["pytorch"]["image"]
+    saved = [SavedImage("x:lab._.70001-1", "sha256:1", base, "lab")]
+    for last in ("x:lab._.70001-1", "x:main._.70001-9"):
+        form = view(last_choice={"size": "cpu", "image": last}, private_images=saved)
+        assert not any(option.selected for group in form.groups for option in group.images)
+        assert form.notes == (), "where it led is what the server goes on with"
 
 
 # --------------------------------------------------------------------------- form and start agree
