@@ -149,17 +149,17 @@ def _own_box(state: Path) -> str:
 def write_policy(folder: Path, state: Path, image: str, gpus: Inventory | None) -> None:
     """The demo's policy for this box; `gpus` None means the simulated one, which has every kind."""
     folder.mkdir(mode=0o755)
-    smallest = "1g.5gb"
+    smallest, medium = "1g.5gb", "2g.10gb"
     if gpus is not None:
-        cut = sorted((unit.memory_bytes, unit.mig_profile) for unit in gpus.units if unit.mig_profile)
-        smallest = cut[0][1] if cut else ""
-    words = {"@IMAGE@": image, "@STATE@": str(state), "@MIG@": smallest}
+        cut = {unit.memory_bytes: unit.mig_profile for unit in gpus.units if unit.mig_profile}
+        smallest, medium, *_ = (*(cut[memory] for memory in sorted(cut)), "", "")
+    words = {"@IMAGE@": image, "@STATE@": str(state), "@MIG@": smallest, "@MEDIUM@": medium}
     for source in sorted(POLICY.glob("*.yaml")):
         text = source.read_text()
         for word, value in words.items():
             text = text.replace(word, value)
         (folder / source.name).write_text(text)
-    absent = [] if smallest else ["small"]
+    absent = [name for name, profile in (("small", smallest), ("medium", medium)) if not profile]
     if gpus is not None and not any(unit.whole for unit in gpus.units):
         absent.append("whole")
     if absent:

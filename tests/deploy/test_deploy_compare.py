@@ -211,11 +211,12 @@ def box(*units: Unit) -> Inventory:
 @pytest.mark.parametrize(
     ("gpus", "profiles", "mig"),
     [
-        (None, ["small", "cpu", "whole"], "1g.5gb"),
-        (box(WHOLE), ["cpu", "whole"], None),
-        (box(unit("MIG-x", "2g.20gb"), unit("MIG-y", "3g.40gb")), ["small", "cpu"], "2g.20gb"),
+        (None, ["small", "medium", "whole", "cpu"], "1g.5gb"),
+        (box(WHOLE), ["whole", "cpu"], None),
+        (box(SMALL, replace(unit("MIG-y", "3g.20gb"), memory_bytes=20 << 30)), ["small", "medium", "cpu"], "1g.5gb"),
+        (box(WHOLE, unit("MIG-x", "1g.10gb"), unit("MIG-y", "1g.10gb")), ["small", "whole", "cpu"], "1g.10gb"),
     ],
-    ids=["simulated", "whole", "all-cut"],
+    ids=["simulated", "whole", "all-cut", "cut-alike"],
 )
 def test_demo_policy_fits_the_box(tmp_path: Path, gpus: Inventory | None, profiles: list[str], mig: str | None) -> None:
     write_policy(tmp_path / "policy", STATE, "demo:1", gpus)
