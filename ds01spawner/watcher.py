@@ -57,7 +57,7 @@ SUMMARY_EVERY_S = 60.0
 """The line about the box is written when it has changed, at most this often."""
 LOCK_PATIENCE_S = 10.0
 """How long a new watcher waits for an old one that has not noticed yet that its Hub is gone."""
-WARDEN_EVERY_S = 0.5
+WARDEN_EVERY_S = 0.25
 EXIT_S = 1.0
 """How long the threads have to end by themselves."""
 EVENTS = ("create", "start", "die", "destroy", "rename", "update", "pause", "unpause")
@@ -66,8 +66,15 @@ EVENTS = ("create", "start", "die", "destroy", "rename", "update", "pause", "unp
 
 @dataclass
 class Signals:
-    """What the threads tell each other. stop: end. look: take a snapshot now. check: reconcile now."""
+    """What the threads tell each other.
 
+    Attributes:
+        stop: end. look: take a snapshot now. check: reconcile now.
+        asked: a signal asked for the end. Its handler does no more than this: it may have interrupted whoever holds
+            the lock inside an Event.
+    """
+
+    asked: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
     look: threading.Event = field(default_factory=threading.Event)
     check: threading.Event = field(default_factory=threading.Event)
@@ -312,12 +319,12 @@ class Watcher:
 
 
 def guard_process(signals: Signals, alive: Callable[[], bool], leave: Callable[[int], object] = os._exit) -> None:
-    """The warden: ends the watcher when its Hub is gone, and makes sure that an end is an end.
-
-    Python runs no signal handler's consequences while the main thread waits for a Docker that hangs.
-    """
+    """The warden: ends the watcher when its Hub is gone or a signal came, and makes sure that an end is an end, also
+    while the main thread waits for a Docker or a driver that hangs."""
     while not signals.stop.wait(WARDEN_EVERY_S):
-        if not alive():
+        if signals.asked:
+            signals.end()
+        elif not alive():
             log.info("the Hub is gone; ending")
             signals.end()
     time.sleep(EXIT_S)
@@ -361,7 +368,7 @@ def main() -> None:
     parent, signals = os.getppid(), Signals()
 
     def ended(_signum: int, _frame: FrameType | None) -> None:
-        signals.end()
+        signals.asked = True
 
     signal.signal(signal.SIGTERM, ended)
     signal.signal(signal.SIGINT, ended)

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "limits": "ds01spawner.cli.policy_commands:limits",
         "gpus": "ds01spawner.cli.gpu_commands:gpus",
         "place": "ds01spawner.cli.gpu_commands:place",
+        "reconcile": "ds01spawner.cli.reconcile_commands:reconcile",
     }
 )
 """Command → module and attribute that has it."""

@@ -17,7 +17,7 @@ from ds01spawner.model import Allocation
 from ds01spawner.runtime import Runtime
 from ds01spawner.servers import Ended, give_back, strip, untag
 
-from .evidence import Evidence
+from .evidence import Evidence, Origin
 from .findings import Action, Finding, Outcome, Result, What
 from .plan import plan
 
@@ -137,8 +137,7 @@ def _take_back(case: _Case) -> str:
         token = aime.token_of(container.labels, evidence.instance)
         origin = evidence.origins.get(token) if token is not None else None
         of_start = origin is not None and origin.allocation.id == allocation.id and token == allocation.token
-        # The ledger's own times, one clock: a token given since the reservation is of a container of this start.
-        if origin is not None and of_start and origin.given_at >= (allocation.reserved_at or origin.given_at):
+        if origin is not None and of_start and _made_since_reservation(allocation, origin):
             runtime.engine.remove(container.id, force=True)
             untag(runtime, container)
         elif container.id == allocation.container_id:
@@ -150,6 +149,14 @@ def _take_back(case: _Case) -> str:
         return "taken back; its container is held as before"
     runtime.ledger.release(allocation.id, "its start died", actor=runtime.who)
     return "taken back; nothing of it is left"
+
+
+def _made_since_reservation(allocation: Allocation, origin: Origin) -> bool:
+    """True if a container with this token was made by the last start: by the ledger's own times, which are one clock.
+    One that was there before (it ran, or it is the stand-in of one that ran) has files that its owner wants."""
+    if allocation.activated_at is None or allocation.reserved_at is None:
+        return allocation.activated_at is None
+    return origin.given_at > allocation.reserved_at
 
 
 def _hold(case: _Case) -> str:
