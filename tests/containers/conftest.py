@@ -1,67 +1,13 @@
-"""A Docker image without any registry: busybox from the host, imported as one layer."""
+"""The machine's Docker engine and a tiny image for the tests of the containers' room."""
 
 from __future__ import annotations
 
-import io
-import shutil
-import tarfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from tiny_image import TINY_TAG, ensure_tiny
 
 from ds01spawner.containers.engine import Engine
-
-TINY_TAG = "dstest-tiny:2"
-APPLETS = ("sh", "bash", "sleep", "cat", "ls", "mkdir", "rm", "rmdir", "mv", "ln", "id", "env", "touch", "chmod", "dd")
-MORE_APPLETS = (
-    "true",
-    "false",
-    "echo",
-    "head",
-    "grep",
-    "nc",
-    "ping",
-    "wget",
-    "ip",
-    "mount",
-    "kill",
-    "ps",
-    "stat",
-    "cp",
-)
-
-
-def busybox() -> Path | None:
-    """The host's statically linked busybox (package busybox-static), or None."""
-    return next((Path(p) for p in ("/bin/busybox", shutil.which("busybox") or "") if p and Path(p).exists()), None)
-
-
-def tiny_tar(program: bytes) -> bytes:
-    """A root file system of 2 MB: busybox, its applets, a passwd file, /workspace and a world-writable /opt/user."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-
-        def add(
-            name: str, *, kind: bytes = tarfile.DIRTYPE, mode: int = 0o755, data: bytes = b"", link: str = ""
-        ) -> None:
-            member = tarfile.TarInfo(name)
-            member.type, member.mode, member.size, member.linkname = kind, mode, len(data), link
-            archive.addfile(member, io.BytesIO(data))
-
-        for folder in ("bin", "etc", "proc", "sys", "dev", "run", "root", "home", "workspace", "opt"):
-            add(folder)
-        for folder in ("tmp", "var", "var/tmp", "opt/user"):
-            add(folder, mode=0o1777 if folder != "var" else 0o755)
-        add("bin/busybox", kind=tarfile.REGTYPE, data=program)
-        for applet in (*APPLETS, *MORE_APPLETS):
-            add(f"bin/{applet}", kind=tarfile.SYMTYPE, link="busybox")
-        passwd = b"root:x:0:0:root:/root:/bin/sh\nubuntu:x:1000:1000::/home/ubuntu:/bin/sh\n"
-        add("etc/passwd", kind=tarfile.REGTYPE, mode=0o644, data=passwd)
-        add("etc/group", kind=tarfile.REGTYPE, mode=0o644, data=b"root:x:0:\nvideo:x:44:\n")
-        add("etc/os-release", kind=tarfile.SYMTYPE, link="../opt/release")
-        add("opt/release", kind=tarfile.REGTYPE, mode=0o644, data=b"ID=tiny\n")
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +21,5 @@ def engine() -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def tiny_image(engine: Engine, require: Callable[[str, str | None], None]) -> str:
     """Reference of a 2 MB image with a shell, HOME-less users and odd inherited labels."""
-    if engine.image_facts(TINY_TAG) is None:
-        changes = ['CMD ["sleep", "600"]', "ENV PATH=/bin", "ENV TINY=yes", 'LABEL note="a, b"']
-        program = busybox()
-        require("busybox", None if program else "no /bin/busybox (apt-get install busybox-static)")
-        engine.client.import_image_from_data(
-            tiny_tar(program.read_bytes() if program else b""), *TINY_TAG.split(":"), changes=changes
-        )
+    require("busybox", ensure_tiny(engine))
     return TINY_TAG
