@@ -98,11 +98,13 @@ pip_install() { # FOLDER WHAT...
 }
 
 make_environment() { # FOLDER WHAT...: a virtual environment with what pip is asked for; fast when nothing changed
-    local folder=$1 python stamp
+    local folder=$1 python base stamp
     shift
     use_machine_certificates
     python=$(find_python)
-    stamp=$({ "$python" -V; printf '%s\n' "$ROOT" "$@"; cat "$ROOT/pyproject.toml"; } | sha256sum | cut -d' ' -f1)
+    # What was installed for one purpose stays good for another until pyproject.toml or Python change.
+    base=$({ "$python" -V; printf '%s\n' "$ROOT"; cat "$ROOT/pyproject.toml"; } | sha256sum | cut -c1-16)
+    stamp=$base-$(printf '%s\n' "$@" | sha256sum | cut -c1-16)
     if [ -e "$folder/.complete-$stamp" ] && "$folder/bin/python" -c '' 2> /dev/null; then
         return 0
     fi
@@ -115,7 +117,7 @@ make_environment() { # FOLDER WHAT...: a virtual environment with what pip is as
         "$python" -m venv "$folder" || die "$python could not make the environment $folder"
     fi
     pip_install "$folder" "$@"
-    rm -f "$folder"/.complete-*
+    find "$folder" -maxdepth 1 -name '.complete-*' ! -name ".complete-$base-*" -delete
     touch "$folder/.complete-$stamp"
 }
 

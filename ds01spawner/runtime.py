@@ -110,9 +110,15 @@ class Runtime:
         """
         if self.settings.unix_accounts:
             return unix_account(user)
-        uid = self.ledger.uid_of(user, self.settings.uid_range, uid_taken)
+        uid = self.ledger.uid_of(user, self.settings.uid_range, self._uid_taken)
         name = aime.account_name(user, uid)
         return Account(name, uid, uid, f"/home/{name}")
+
+    def _uid_taken(self, uid: int) -> bool:
+        """True if a uid means somebody already: an account of the host, or files that a ledger restored from an older
+        backup does not know of."""
+        folders = (self.settings.homes / str(uid), self.settings.workspaces / str(uid))
+        return uid_taken(uid) or any(folder.exists() for folder in folders)
 
     def unix_groups(self, user: str) -> tuple[str, ...]:
         """Names of the Unix groups of `user`; () unless Hub names are Unix accounts here."""

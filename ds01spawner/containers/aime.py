@@ -7,7 +7,7 @@ verified against the real tools, are in docs/architecture.md, "AIME conventions"
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ds01spawner.errors import Code, Refusal
@@ -102,37 +102,6 @@ def server_of(container: str) -> str | None:
     if uid is None or not _NAME.fullmatch(name):
         return None
     return "" if name == DEFAULT_NAME else name
-
-
-def overlapping(container: str, others: Iterable[str]) -> str | None:
-    """First of `others` that the AIME tools would confuse with `container`, or None (condition 12).
-
-    `mlc create` and `mlc remove` look names up with an unanchored regular expression: `mlc remove lab` with a
-    `jupyterlab` present acts on the image of both. So of one uid no name may contain another. A name that is equal
-    is the same container and no confusion.
-    """
-    for other in others:
-        if other != container and (re.search(container, other) or re.search(other, container)):
-            return other
-    return None
-
-
-def require_distinct(container: str, others: Iterable[str]) -> None:
-    """Refuse a name that `overlapping` finds fault with.
-
-    Raises:
-        Refusal: bad_name, with both names.
-    """
-    other = overlapping(container, others)
-    if other is None:
-        return
-    mine, theirs = parse_name(container)[0], parse_name(other)[0]
-    raise Refusal(
-        Code.BAD_NAME,
-        f"A server cannot be called {mine!r} next to {theirs!r}: one name ends like the other, and the AIME tools on "
-        "this server cannot tell them apart. Choose a name that does not contain the other.",
-        facts={"name": mine, "other": theirs},
-    )
 
 
 def _shown(name: str) -> str:

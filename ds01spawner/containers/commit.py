@@ -28,7 +28,15 @@ HUB_ENV = ("JUPYTERHUB_", "JPY_")
 OUR_LABELS = ("ds01.", "aime.mlc")
 PASSING_TREES = ("/tmp", "/var/tmp", "/run", "/var/run", "/dev", "/proc", "/sys")  # noqa: S108 - paths in the image
 """Nothing below these is worth keeping."""
-PASSING_FILES = ("/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/etc/mtab", "/.dockerenv", "/sbin/docker-init")
+PASSING_FILES = (
+    "/etc/hostname",
+    "/etc/hosts",
+    "/etc/resolv.conf",
+    "/etc/mtab",
+    "/.dockerenv",
+    "/sbin/docker-init",
+    "/usr/sbin/docker-init",  # where /sbin is a link, as on every current Debian and Ubuntu
+)
 """What Docker itself puts into every container."""
 BYTECODE = "__pycache__"
 

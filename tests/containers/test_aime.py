@@ -119,27 +119,6 @@ def test_names_of_others_map_to_no_uid(name: str, expected: tuple[str, None]) ->
     assert aime.server_of(name) is None
 
 
-@pytest.mark.parametrize(
-    ("one", "other", "clash"),
-    [
-        ("lab._.1000", "jupyterlab._.1000", True),
-        ("jupyterlab._.1000", "lab._.1000", True),
-        ("lab._.1000", "lab._.1000", False),
-        ("lab._.1000", "lab2._.1000", False),
-        ("lab._.100", "lab._.1000", True),
-        ("lab._.1000", "labx_.1000", True),
-    ],
-)
-def test_names_that_the_tools_confuse(one: str, other: str, clash: bool) -> None:
-    assert (aime.overlapping(one, [other]) == other) is clash
-    if clash:
-        with pytest.raises(Refusal) as refused:
-            aime.require_distinct(one, ["unrelated", other])
-        assert refused.value.code is Code.BAD_NAME
-    else:
-        aime.require_distinct(one, ["unrelated", other])
-
-
 # --------------------------------------------------------------------------- images
 
 DIGEST = "sha256:" + "ab" * 32

@@ -42,6 +42,7 @@ MOUNTS = ("/workspace", "/home/ada", "/data", "/etc/passwd", "/etc/group")
         ([("/workspaces", 1)], ("/workspaces",)),
         ([("/etc", 0), ("/etc/passwd", 0), ("/etc/hosts", 0), ("/etc/hostname", 0), ("/etc/resolv.conf", 0)], ()),
         ([("/etc", 0), ("/etc/profile", 0)], ("/etc/profile",)),
+        ([("/usr", 0), ("/usr/sbin", 0), ("/usr/sbin/docker-init", 1)], ()),
         ([("/sbin", 1), ("/sbin/docker-init", 1), ("/.dockerenv", 1), ("/dev", 0), ("/dev/console", 1)], ()),
         ([("/opt/a", 0), ("/opt/a/__pycache__", 1), ("/opt/a/__pycache__/m.cpython-310.pyc", 1)], ()),
         ([("/tmpfile", 1)], ("/tmpfile",)),
