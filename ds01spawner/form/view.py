@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from itertools import takewhile
 from typing import Any
 
 from ds01spawner import admission_words as words
@@ -107,16 +108,13 @@ class FormView:
 
     @property
     def sections(self) -> tuple[Section, ...]:
-        """The grids in order: profiles with one card each stand together, without saying their titles twice."""
-        found: list[Section] = []
-        for group in self.groups:
-            if len(group.cards) > 1:
-                found.append(Section((group,), group.title, group.description))
-            elif found and len(found[-1].groups[-1].cards) == 1:
-                found[-1] = replace(found[-1], groups=(*found[-1].groups, group))
-            else:
-                found.append(Section((group,), "Also offered" if found else ""))
-        return tuple(found)
+        """The grids from top to bottom: profiles with one card each stand together, first or last."""
+        first = tuple(takewhile(lambda group: len(group.cards) == 1, self.groups))
+        others = self.groups[len(first) :]
+        large = [Section((group,), group.title, group.description) for group in others if len(group.cards) > 1]
+        last = tuple(group for group in others if len(group.cards) == 1)
+        found = (Section(first), *large, Section(last, "Also offered"))
+        return tuple(section for section in found if section.groups)
 
     @property
     def cards(self) -> tuple[Card, ...]:
@@ -222,7 +220,8 @@ def _group(
 
 def _alone(profile: Profile, card: Card) -> Card:
     """A profile's only card: it speaks for the profile, which has no heading then."""
-    name = plain.joined_title(profile_title(profile), card.name)
+    given = card.name if profile.sizes[card.size].title else ""
+    name = plain.joined_title(profile_title(profile), given)
     about = plain.sentence(profile.description or "")
     return replace(card, name=name, tagline=" ".join(dict.fromkeys(text for text in (card.tagline, about) if text)))
 

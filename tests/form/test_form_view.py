@@ -87,7 +87,12 @@ def test_what_is_free_now_may_be_larger_than_usual() -> None:
             "Right for x.",
         ),
         ({"title": "PyTorch"}, {"title": "Small: for x"}, "PyTorch: Small, 5 GB", "For x."),
-        ({"title": "PyTorch", "description": "Notebooks!"}, {"description": "for x"}, None, "For x. Notebooks!"),
+        (
+            {"title": "PyTorch", "description": "Notebooks!"},
+            {"description": "for x"},
+            "PyTorch, 5 GB",
+            "For x. Notebooks!",
+        ),
         ({"title": "Same", "description": "for x"}, {"title": "Same", "description": "For x."}, "Same, 5 GB", "For x."),
         ({"title": "Small GPU"}, {"title": "small"}, "Small GPU, 5 GB", ""),
         ({"title": "Small GPU, 5 GB"}, {"title": "Small GPU"}, "Small GPU, 5 GB", ""),
@@ -95,12 +100,12 @@ def test_what_is_free_now_may_be_larger_than_usual() -> None:
     ],
 )
 def test_the_only_card_of_a_profile_speaks_for_it(
-    profile: dict[str, Any], size: dict[str, Any], title: str | None, tagline: str
+    profile: dict[str, Any], size: dict[str, Any], title: str, tagline: str
 ) -> None:
     sizes = {"s": {**size, "gpu": {"mig_profile": "1g.5gb"}}}
     form = view(profiles=profiles({"p": {**profile, "image": "i", "sizes": sizes}}))
     only = form.cards[0]
-    assert (only.title, only.tagline) == (title or "PyTorch: GPU, 5 GB slice", tagline)
+    assert (only.title, only.tagline) == (title, tagline)
     assert [section.title for section in form.sections] == [""]
 
 
@@ -116,8 +121,8 @@ def test_profiles_with_one_card_share_a_grid() -> None:
     assert [(section.title, section.count) for section in sections] == [
         ("", 2),
         ("C", 2),
-        ("Also offered", 2),
         ("F", 2),
+        ("Also offered", 2),
     ]
 
 
@@ -210,7 +215,7 @@ def test_several_gpus_count_whole_ones_of_any_model() -> None:
         snapshot=snapshot(replace(inventory, gpus=odd)),
     )
     only = form.cards[0]
-    assert (only.badge, only.title) == ("3 of 3 free now", "p: GPU, 2 × 40 GB, whole")
+    assert (only.badge, only.title) == ("3 of 3 free now", "p, 40 GB each")
     assert only.takes == "Takes 2 of your 4 GPUs · group students"
 
 
