@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -87,13 +89,17 @@ class World:
     fresh: bool = True
     made: int = 0
     ledger: Ledger = field(init=False)
-    engine: FakeEngine = field(init=False)
+    engine: Any = field(init=False)
     runtime: Runtime = field(init=False)
     reconciler: Reconciler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.engine = FakeEngine(self.clock)
+        self.engine = self.make_engine()
         self.open(self.folder / "ledger.sqlite")
+
+    def make_engine(self) -> Engine:
+        """What stands for Docker."""
+        return FakeEngine(self.clock)
 
     def open(self, path: Path) -> None:
         """Open a ledger with a watcher that begins to look now."""
@@ -105,7 +111,7 @@ class World:
 
     def restart(self) -> None:
         """The watcher is started anew."""
-        self.reconciler = Reconciler(self.runtime, self.picture, watching_since=self.now)
+        self.reconciler = Reconciler(self.runtime, self.picture, watching_since=self.clock())
 
     def close(self) -> None:
         """Close what was opened."""
@@ -120,12 +126,18 @@ class World:
 
     def picture(self) -> Snapshot | None:
         """The watcher's newest snapshot."""
-        at = self.now if self.fresh else self.now - timedelta(seconds=60)
+        at = self.clock() - timedelta(seconds=0 if self.fresh else 60)
         return picture(self.inventory, at, self.boot)
 
     def pass_(self, **options: Any) -> Report:
         """One pass of the reconciler."""
         return self.reconciler.run(**options)
+
+    def backup(self, target: Path) -> None:
+        """A consistent copy of the ledger, as a backup tool takes it."""
+        file = self.folder / "ledger.sqlite"
+        with closing(sqlite3.connect(file)) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
 
     # ------------------------------------------------------------- what the Hub does
 

@@ -274,7 +274,7 @@ def test_reconcile_restored_older_ledger_stops_nobody(world: World, stripped: li
     world.pass_()
     world.turn(seconds=10)
     backup = world.folder / "backup.sqlite"
-    _copy(world, backup)
+    world.backup(backup)
 
     # After the backup: a held one is started again, a new one comes, one is replaced, a pending start succeeds.
     world.turn(minutes=5)
@@ -306,14 +306,6 @@ def test_reconcile_restored_older_ledger_stops_nobody(world: World, stripped: li
         assert {"unknown", "started_unseen"} <= {f.what.value for f in report.alerts}
     assert world.ledger.last_token() == last, "no token is given twice"
     assert len({f.subject for f in report.alerts if f.what.value == "unknown"}) == 2
-
-
-def _copy(world: World, target: Path) -> None:
-    """A consistent copy, as a backup tool takes it."""
-    import sqlite3
-
-    with closing(sqlite3.connect(world.folder / "ledger.sqlite")) as source, closing(sqlite3.connect(target)) as copy:
-        source.backup(copy)
 
 
 def test_reconcile_old_container_of_a_released_server_is_stopped_and_left(world: World) -> None:
