@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from . import admission, servers, undo
@@ -31,7 +32,7 @@ from .images import ImageChoice, choose_image, profile_image
 from .keep import begin_anew, forget_missing, keep_changes, require_permitted
 from .ledger.operations import Operation
 from .ledger.records import Claim
-from .model import Admission, Allocation, Snapshot, Usage
+from .model import Admission, Allocation, Snapshot, State, Usage
 from .policy.quantity import format_size
 from .progress import CREATE, GPU, IMAGE, QUOTA
 from .runtime import Runtime, require_isolation
@@ -75,6 +76,7 @@ class Launch:
         self._held = ExitStack()
         self._operation: Operation | None = None
         self._trail = Trail()
+        self._claimed_at: datetime | None = None
         self._finished = False
 
     @property
@@ -165,7 +167,7 @@ class Launch:
         if before is not None:
             self._take_operation(before.id)
             before = ledger.find(claim.user, claim.server_name)
-        self._trail.before = before
+        self._trail.before, self._claimed_at = before, self._runtime.now()
         allocation = ledger.reserve(claim, decide)
         if before is None or before.id != allocation.id:
             self._take_operation(allocation.id)
@@ -455,7 +457,8 @@ class Launch:
         reason = f"start failed: {error.code.value if isinstance(error, Ds01Error) else type(error).__name__}"
         try:
             with self._held:
-                if self._finished and self._trail.allocation is not None:
+                self._find_reservation()
+                if self._trail.allocation is not None and (self._finished or self._operation is None):
                     again = servers.operation(self._runtime, self._trail.allocation, "take back")
                     self._held.enter_context(again)
                 undo.take_back(self._runtime, self._trail, reason)
@@ -463,6 +466,14 @@ class Launch:
             log.warning("%s: the watcher has to take back the rest of a start: %s", self.container_name, left.message)
         except Exception:
             log.exception("%s: the watcher has to take back the rest of a start", self.container_name)
+
+    def _find_reservation(self) -> None:
+        """A reservation that was written although its answer never came back is this start's as well."""
+        if self._trail.allocation is not None or self._claimed_at is None:
+            return
+        found = self._runtime.ledger.find(self._person.name, self._server)
+        if found is not None and found.state is State.RESERVED and found.reserved_at is not None:
+            self._trail.allocation = found if found.reserved_at >= self._claimed_at else None
 
     def _must(self) -> Allocation:
         if self._trail.allocation is None:

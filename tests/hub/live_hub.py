@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ if extra.exists():
 class LiveHub:
     """One installation whose Hub can be restarted; talks to it as an admin service does."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, environment: Mapping[str, str] | None = None) -> None:
         self.plan = plan
+        self.environment = dict(environment or {})
         self.log = plan.state / "hub.log"
         self.config = plan.state / "test_config.py"
         self.config.write_text(CONFIG)
@@ -60,7 +61,7 @@ class LiveHub:
 
     def start(self) -> None:
         """Start the Hub and wait until it answers and its watcher has written a snapshot."""
-        environment = os.environ | {DEMO_ENV: str(self.plan.file), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {DEMO_ENV: str(self.plan.file), "PYTHONPATH": str(ROOT)} | self.environment
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "jupyterhub", "-f", str(self.config)],
@@ -96,6 +97,10 @@ class LiveHub:
 
     # ---------------------------------------------------------------- what is really there
 
+    def logged(self, text: str) -> int:
+        """How often the Hub's log has `text`."""
+        return self.log.read_text(errors="replace").count(text)
+
     @property
     def runtime(self) -> Runtime:
         """Ledger and Docker of this installation, seen from outside the Hub."""
@@ -116,6 +121,19 @@ class LiveHub:
         """All containers of this installation."""
         own = self.runtime.ledger.instance
         return [c for c in self.runtime.engine.list_facts() if c.labels.get("ds01.instance") == own]
+
+    def traces(self, *, but: Collection[str] = ()) -> list[str]:
+        """What is left of servers that do not run: containers, live allocations, operation rows, private tags.
+
+        Args:
+            but: users who may have something.
+        """
+        found = [f"container {c.name} ({c.state})" for c in self.containers() if c.labels["ds01.user"] not in but]
+        live = [a for a in self.runtime.ledger.allocations(live=True) if a.user not in but]
+        found += [f"{a.state.value} {a.user}/{a.server_name} {[u.unit_uuid for u in a.leases]}" for a in live]
+        ours = {a.id for a in live}
+        found += [f"operation {o.what} by {o.who}" for o in self.runtime.ledger.operations() if o.allocation_id in ours]
+        return found
 
     def close(self) -> None:
         """End the Hub and the test's own connections."""
@@ -207,14 +225,27 @@ class LiveHub:
 
 
 @contextlib.contextmanager
-def live_hub(image: str, *, extra_config: str = "") -> Iterator[LiveHub]:
-    """An installation with a running Hub; everything of it is removed at the end."""
+def live_hub(
+    image: str,
+    *,
+    extra_config: str = "",
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[LiveHub], None] = lambda _hub: None,
+    kind: type[LiveHub] | None = None,
+) -> Iterator[LiveHub]:
+    """An installation with a running Hub; everything of it is removed at the end.
+
+    Args:
+        extra_config: runs at the end of the Hub's configuration, in its process. environment: of the Hub, besides ours.
+        prepare: called before the Hub starts (another policy, …).
+    """
     client = docker.APIClient(timeout=60)
     try:
         with instance.prepared(client, port=18000, image=image) as plan:
             (plan.state / "extra_config.py").write_text(extra_config)
-            hub = LiveHub(plan)
+            hub = (kind or LiveHub)(plan, environment)
             try:
+                prepare(hub)
                 hub.start()
                 yield hub
             finally:

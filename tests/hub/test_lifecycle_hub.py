@@ -133,7 +133,7 @@ def test_restart_of_the_hub_stops_nobody(hub: LiveHub) -> None:
 
 def test_failure_of_a_pending_start_deleted_leaves_nothing(hub: LiveHub) -> None:
     hub.add_user("researcher1")
-    hub.runtime.ledger  # opened before the race
+    assert not hub.runtime.ledger.usage().taken()
     hub.change_profiles(
         slow={"image": hub.plan.image, "command": ["sleep", "1000"], "sizes": {"s": {"gpu": {"kind": "full"}}}}
     )
