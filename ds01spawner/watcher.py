@@ -331,8 +331,11 @@ def guard_process(signals: Signals, alive: Callable[[], bool], leave: Callable[[
     leave(0)
 
 
-def lock(path: Path, patience: float = LOCK_PATIENCE_S) -> int:
+def lock(path: Path, patience: float) -> int:
     """Take the watcher's lock: two observers would overwrite each other's snapshot.
+
+    Args:
+        patience: seconds to wait for another one to end.
 
     Returns:
         The open file descriptor; the lock lasts as long as it is open.
@@ -378,7 +381,7 @@ def main() -> None:
     try:
         settings = load_settings()
         # Taken before anything else is opened, so that a second one leaves no trace.
-        handle = lock(settings.state_dir / "watcher.lock")
+        handle = lock(settings.state_dir / "watcher.lock", LOCK_PATIENCE_S)
         runtime = Runtime.open(role="watcher", settings=settings)
     except Ds01Error as error:
         log.error("%s", error.message)
