@@ -297,6 +297,7 @@ class Launch:
             self._report(CREATE, key)
         runtime.engine.tag(plan.image_facts.id, plan.private_image)
         self._check()
+        self._trail.tried = True
         self._trail.made = self._trail.container = self._create(spec)
         self._bind(spec)
         if plan.image.saved is not None:

@@ -25,7 +25,8 @@ class Trail:
 
     Attributes:
         before: the server's allocation as the start found it; None = it had none. allocation: what it reserved.
-        container_name: of the server. container: id of what it bound; made: id of what it created, if it did.
+        container_name: of the server. container: id of what it bound.
+        tried: Docker was asked to create a container; made: its id, if the answer came back.
         replaced: the container of an earlier start was removed. started: Docker was told to start `container`.
     """
 
@@ -33,6 +34,7 @@ class Trail:
     allocation: Allocation | None = None
     container_name: str = ""
     container: str = ""
+    tried: bool = False
     made: str | None = None
     replaced: bool = False
     started: bool = False
@@ -73,6 +75,9 @@ def _clear(runtime: Runtime, trail: Trail, allocation: Allocation) -> None:
     if trail.made is None and trail.started:
         _stop(runtime, trail.container)
         return
+    leftover = trail.before is not None and trail.before.state is State.RESERVED
+    if not trail.tried and not leftover:
+        return  # nothing of this start can be in Docker, which may be away
     facts = _own(runtime, trail)
     if facts is None:
         return
