@@ -28,6 +28,7 @@ from docker.errors import APIError, NotFound
 from ds01spawner.containers import aime
 from ds01spawner.containers.cgroups import find_mounts
 from ds01spawner.containers.network import remove_network
+from ds01spawner.containers.pins import unpin_all
 from ds01spawner.errors import Ds01Error
 from ds01spawner.ledger.store import Ledger
 from ds01spawner.model import Inventory
@@ -219,6 +220,7 @@ def remove(client: docker.APIClient, state: Path) -> None:
         with contextlib.suppress(Ds01Error):
             remove_network(client, instance)
     remove_cgroups(settings.cgroup_root)
+    unpin_all(range(settings.uid_range[0], settings.uid_range[1] + 1))
     shutil.rmtree(state, ignore_errors=True)
 
 

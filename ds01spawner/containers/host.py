@@ -3,7 +3,8 @@
 Folders that are mounted into containers lie below root-owned parents that nobody else can write to, and are
 opened component by component as descriptors with O_NOFOLLOW, so that no link that a user planted is followed,
 whenever it was planted. Nothing is ever chowned but an empty folder that root owns. Between here and the mount
-Docker works with the path again, so after the start `verify_mounted` compares device and inode.
+Docker works with a path again, so that path must be root's: homes and workspaces are (their parents are root's), a
+project folder in a workspace is bound to one (`pins`). After the start `verify_mounted` compares device and inode.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ds01spawner.errors import Code, HostError, Refusal
+
+from .pins import PINS, pin
 
 WELCOME = "welcome.ipynb"
 """The notebook that an empty workspace gets."""
@@ -43,13 +46,19 @@ class Folder:
 
     Attributes:
         path: for the mount. device, inode: what must be found there after the start (st_dev, st_ino).
-        created: it is new.
+        created: it is new. place: where it lies, for people; None = at `path`.
     """
 
     path: Path
     device: int
     inode: int
     created: bool = False
+    place: Path | None = None
+
+    @property
+    def shown(self) -> Path:
+        """Where it lies, for labels and sentences. Never to be mounted: its owner may have put a link there."""
+        return self.place or self.path
 
 
 def prepare_home(homes: Path, uid: int, gid: int, account: str) -> Folder:
@@ -65,19 +74,21 @@ def prepare_home(homes: Path, uid: int, gid: int, account: str) -> Folder:
     return _prepare(homes, uid, gid, (), f"the home folder of {account}")
 
 
-def prepare_workspace(workspaces: Path, uid: int, gid: int, project: str | None = None) -> Folder:
+def prepare_workspace(workspaces: Path, uid: int, gid: int, project: str | None = None, *, pins: Path = PINS) -> Folder:
     """The user's workspace, `<workspaces>/<uid>`, or a project folder in it; made if it is not there.
 
     Args:
         workspaces: parent of all (`Settings.workspaces`); made root-owned if it is not there.
         project: path below the user's workspace such as `thesis/run1`; None = the whole workspace.
+        pins: where a project folder is bound to, out of its owner's reach.
 
     Raises:
         Refusal: `bad_request`: the project's path is not a plain path downwards.
-        HostError: `storage_refused`: the parent is not safe, a folder belongs to somebody else, a link is in the way.
+        HostError: `storage_refused`: the parent is not safe, a folder belongs to somebody else, a link is in the way,
+            or the project folder cannot be bound.
     """
     parts = () if project is None else project_parts(project)
-    return _prepare(workspaces, uid, gid, parts, f"the workspace of uid {uid}")
+    return _prepare(workspaces, uid, gid, parts, f"the workspace of uid {uid}", pins)
 
 
 def project_parts(project: str) -> tuple[str, ...]:
@@ -111,15 +122,15 @@ def populate_welcome(workspace: Folder, notebook: bytes, uid: int, gid: int) -> 
     try:
         folder = os.open(workspace.path, _OPEN_FOLDER)
     except OSError as error:
-        raise _refused(f"{workspace.path} cannot be opened: {error.strerror}", workspace.path) from error
+        raise _refused(f"{workspace.shown} cannot be opened: {error.strerror}", workspace.shown) from error
     try:
         found = os.fstat(folder)
         if (found.st_dev, found.st_ino) != (workspace.device, workspace.inode):
-            raise _refused(f"{workspace.path} was replaced while the server was being prepared", workspace.path)
-        empty = not os.listdir(folder)  # noqa: PTH208 - a descriptor: the path could lead elsewhere by now
-        return empty and _write_new(folder, WELCOME, notebook, uid, gid)
+            raise _refused(f"{workspace.shown} was replaced while the server was being prepared", workspace.shown)
+        return _empty(folder) and _write_new(folder, WELCOME, notebook, uid, gid)
     except OSError as error:
-        raise _refused(f"{WELCOME} cannot be written to {workspace.path}: {error.strerror}", workspace.path) from error
+        why = f"{WELCOME} cannot be written to {workspace.shown}: {error.strerror}"
+        raise _refused(why, workspace.shown) from error
     finally:
         os.close(folder)
 
@@ -138,17 +149,18 @@ def verify_mounted(pid: int, target: str, folder: Folder, *, proc: Path = Path("
     except OSError as error:
         raise _refused(
             f"the folder mounted at {target} cannot be checked ({error.strerror}); the container may have ended",
-            folder.path,
+            folder.shown,
         ) from error
     if (found.st_dev, found.st_ino) != (folder.device, folder.inode):
         raise _refused(
-            f"not {folder.path} but another folder is mounted at {target}: it was replaced during the start",
-            folder.path,
+            f"not {folder.shown} but another folder is mounted at {target}: it was replaced during the start, or "
+            "Docker does not see the mounts that the Hub makes",
+            folder.shown,
         )
 
 
-def _prepare(parent: Path, uid: int, gid: int, project: tuple[str, ...], what: str) -> Folder:
-    """Open `<parent>/<uid>/<project…>` downwards, making what is missing."""
+def _prepare(parent: Path, uid: int, gid: int, project: tuple[str, ...], what: str, pins: Path | None = None) -> Folder:
+    """Open `<parent>/<uid>/<project…>` downwards, making what is missing; what its owner could swap is bound."""
     if uid == 0:
         raise _refused(f"{what} cannot be prepared for root", parent)
     descriptor, path = _open_trusted(parent)
@@ -160,9 +172,12 @@ def _prepare(parent: Path, uid: int, gid: int, project: tuple[str, ...], what: s
             os.close(descriptor)
             descriptor = below
         found = os.fstat(descriptor)
+        if not project or pins is None:
+            return Folder(path, found.st_dev, found.st_ino, created)
+        bound = pin(descriptor, uid, str(path), pins=pins)
+        return Folder(bound, found.st_dev, found.st_ino, created, place=path)
     finally:
         os.close(descriptor)
-    return Folder(path, found.st_dev, found.st_ino, created)
 
 
 def _open_or_make(parent: int, name: str, path: Path, uid: int, gid: int) -> tuple[int, bool]:
@@ -197,7 +212,7 @@ def _own(descriptor: int, path: Path, uid: int, gid: int) -> None:
     found = os.fstat(descriptor)
     if found.st_uid == uid:
         return
-    if found.st_uid != 0 or os.listdir(descriptor):
+    if found.st_uid != 0 or not _empty(descriptor):
         raise _refused(
             f"{path} belongs to uid {found.st_uid}, not to {uid}. An administrator must look into it and then "
             f"either move it away or run: chown -R -h {uid}:{gid} {path}",
@@ -205,6 +220,12 @@ def _own(descriptor: int, path: Path, uid: int, gid: int) -> None:
         )
     os.fchown(descriptor, uid, gid)
     os.fchmod(descriptor, 0o700)
+
+
+def _empty(descriptor: int) -> bool:
+    """True if the open folder has nothing in it; stops at the first entry, however many millions a user made."""
+    with os.scandir(descriptor) as entries:
+        return next(entries, None) is None
 
 
 def _open_trusted(path: Path) -> tuple[int, Path]:

@@ -18,6 +18,7 @@ from ds01spawner.model import Mount, Resources, Unit
 
 from . import aime
 from .facts import ContainerFacts
+from .pins import PINS
 
 CPU_PERIOD_US = 100_000
 """Period of the CPU quota in microseconds (the kernel's default)."""
@@ -434,7 +435,9 @@ def without_devices(old: ContainerFacts, image: str = "") -> dict[str, Any]:
     Args:
         old: the stopped container. image: where its changes were committed to; "" = what it was created from.
     """
-    mounts = [Bind(m.source, m.target, m.read_only) for m in old.mounts if m.kind == "bind"]
+    # A pinned project folder is bound anew at each start; after a reboot Docker would not find it.
+    kept_mounts = (m for m in old.mounts if m.kind == "bind" and not m.source.startswith(f"{PINS}/"))
+    mounts = [Bind(m.source, m.target, m.read_only) for m in kept_mounts]
     host: dict[str, Any] = {key: value for key, value in limits_of(old).items() if value}
     host |= _device_parts(DevicePlan())
     host |= {

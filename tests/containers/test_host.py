@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from ds01spawner.containers.host import (
     project_parts,
     verify_mounted,
 )
+from ds01spawner.containers.pins import unpin_all
 from ds01spawner.errors import Code, HostError, Refusal
 
 UID, GID, OTHER = 70123, 70124, 70999
@@ -62,11 +64,12 @@ def as_user(script: str, cwd: Path) -> None:
 
 
 @pytest.fixture
-def parent(tmp_path: Path) -> Path:
+def parent(tmp_path: Path) -> Iterator[Path]:
     """A place whose way down is root's, as /srv is."""
     path = tmp_path / "srv" / "workspaces"
     path.parent.mkdir()
-    return path
+    yield path
+    unpin_all(range(UID, UID + 1))
 
 
 @root_only
@@ -91,8 +94,16 @@ class TestFolders:
 
     def test_project_folders_are_the_users(self, parent: Path) -> None:
         folder = prepare_workspace(parent, UID, GID, "thesis/Übung 1")
-        assert folder.path == parent.resolve() / str(UID) / "thesis" / "Übung 1"
-        assert owner(folder.path) == owner(folder.path.parent) == (UID, GID, 0o700)
+        assert folder.shown == parent.resolve() / str(UID) / "thesis" / "Übung 1"
+        assert owner(folder.path) == owner(folder.shown) == owner(folder.shown.parent) == (UID, GID, 0o700)
+
+    def test_a_workspace_of_millions_is_not_read_to_its_end(
+        self, parent: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = prepare_workspace(parent, UID, GID)
+        (folder.path / "one").touch()
+        monkeypatch.setattr(os, "listdir", None)
+        assert not populate_welcome(folder, b"{}", UID, GID)
 
     def test_another_owner_is_refused_and_nothing_is_chowned(self, parent: Path) -> None:
         path = prepare_workspace(parent, UID, GID).path

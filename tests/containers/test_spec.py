@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ds01spawner.containers import aime, spec
 from ds01spawner.containers.facts import ContainerFacts, DeviceNode, DeviceRequest, MountPoint
+from ds01spawner.containers.pins import PINS
 from ds01spawner.containers.spec import Bind, DevicePlan, Reuse, SpecInput, Ulimit, build, decide_reuse, plan_devices
 from ds01spawner.errors import SettingsInvalid
 from ds01spawner.model import Mount, Resources, Unit
@@ -511,6 +512,12 @@ def test_the_stand_in_names_no_device_and_keeps_the_rest() -> None:
     assert spec.without_devices(old, "saved:1")["Image"] == "saved:1"
     standing = dataclasses.replace(old, devices=(), labels=body["Labels"])
     assert decide_reuse(standing, made.hash, made) is not Reuse.START
+
+
+def test_the_stand_in_names_no_pinned_folder_for_after_a_reboot_it_is_not_there() -> None:
+    made = build(want(mounts=(Bind(f"{PINS}/70000/abc", "/workspace"), Bind("/srv/data", "/data", read_only=True))))
+    body = spec.without_devices(as_docker_tells(made))
+    assert [m["Source"] for m in body["HostConfig"]["Mounts"]] == ["/srv/data"]
 
 
 def test_the_api_token_of_an_old_container_is_found() -> None:
