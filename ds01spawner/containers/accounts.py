@@ -25,7 +25,7 @@ import requests
 
 from ds01spawner.errors import Code, EngineError, HostError, Problem, Refusal
 
-from .aime import LABEL_PROBE
+from .aime import LABEL_PROBE, PROBE_LABELS
 
 FIRST_UID = 1000
 """Below are system accounts (UID_MIN of login.defs(5) on Debian and Ubuntu)."""
@@ -195,7 +195,7 @@ def read_image_accounts(client: docker.APIClient, image_id: str) -> tuple[str, s
             image_id,
             command=["true"],
             environment={"NVIDIA_VISIBLE_DEVICES": "void"},
-            labels={LABEL_PROBE: "accounts"},
+            labels={**PROBE_LABELS, LABEL_PROBE: "accounts"},
             host_config=client.create_host_config(network_mode="none"),
         )["Id"]
         try:

@@ -6,6 +6,7 @@ verified against the real tools, are in docs/architecture.md, "AIME conventions"
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ LABEL_ARCH = "ds01.arch"
 LABEL_PROBE = "ds01.probe"
 """Marks a never-started container that is only there to read a file from its image."""
 INTERFACE = "hub"
+PROBE_LABELS: Mapping[str, str] = dict.fromkeys((LABEL_MANAGED, LABEL_INTERFACE, LABEL_INSTANCE, LABEL_TOKEN), "")
+"""For a probe: an image's own labels must not make it look like a server of ours."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _TAGGED = re.compile(r"(?P<name>.*?)(?:\._\.(?P<uid>\w+))?", re.DOTALL)
@@ -140,13 +143,21 @@ def private_image(image: str, container: str) -> str:
 
 
 def kept_image(private: str, stamp: str) -> str:
-    """Where an older commit goes when its container moves to a new image: `<private tag>-<stamp>`, cut to fit.
+    """Where an older commit goes when its container moves to a new image: `<private tag>-<stamp>`.
+
+    Of a tag that grows too long only the server's name is cut, and marked by a hash: without the uid behind it, two
+    users' servers of one long name would share a tag, and one would start what the other saved.
 
     Args:
         private: the private tag. stamp: what tells it from others, such as `20260102T030405`.
     """
     repo, _, tag = private.rpartition(":")
-    return f"{repo}:{tag[: MAX_TAG - len(stamp) - 1]}-{stamp}"
+    name, separator, uid = tag.rpartition(SEPARATOR)
+    end = f"{separator}{uid}-{stamp}"
+    if len(name) + len(end) > MAX_TAG:
+        mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: MAX_TAG - len(end) - len(mark) - 1]}-{mark}"
+    return f"{repo}:{name}{end}"
 
 
 def is_private(image: str, uid: int) -> bool:

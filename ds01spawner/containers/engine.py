@@ -387,7 +387,9 @@ class Engine:
         body = {
             "Image": image,
             "Cmd": ["-"],
-            "Labels": {aime.LABEL_PROBE: "true"},
+            # An image that says `all` would make this container look as if it held every GPU.
+            "Env": ["NVIDIA_VISIBLE_DEVICES=void"],
+            "Labels": {**aime.PROBE_LABELS, aime.LABEL_PROBE: "true"},
             "HostConfig": {"NetworkMode": "none"},
         }
         name = f"ds01-probe-{secrets.token_hex(6)}"

@@ -167,6 +167,15 @@ def test_kept_tag_fits_and_stays_private() -> None:
     assert aime.is_private(aime.kept_image("a:lab._.70000", "20260102T030405Z"), 70000)
 
 
+def test_kept_tags_of_two_users_never_meet_however_long_the_name_of_the_server() -> None:
+    for length in (1, 50, 100, 110, 115, 120):
+        mine, theirs = (aime.kept_image(f"a:{'x' * length}._.{uid}", "20260102T030405") for uid in (70000, 70001))
+        assert mine != theirs
+        assert aime.is_private(mine, 70000) and not aime.is_private(mine, 70001)
+    first, second = (aime.kept_image(f"a:{'x' * 115}{end}._.70000", "20260102T030405") for end in "ab")
+    assert first != second
+
+
 # --------------------------------------------------------------------------- labels
 
 
