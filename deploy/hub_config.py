@@ -20,10 +20,10 @@ c = get_config()
 plan = Plan.load(Path(os.environ[DEMO_ENV]))
 state = plan.state
 
-setup(c, **plan.settings)
+settings = setup(c, **plan.settings)
 
 c.JupyterHub.bind_url = f"http://127.0.0.1:{plan.port}"
-c.JupyterHub.db_url = f"sqlite:///{state / 'jupyterhub.sqlite'}"
+c.JupyterHub.db_url = f"sqlite:///{settings.state_dir / 'jupyterhub.sqlite'}"  # where only root may look
 c.JupyterHub.cookie_secret_file = str(state / "cookie_secret")
 c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{plan.proxy_api_port}"
 c.ConfigurableHTTPProxy.pid_file = str(state / "proxy.pid")
