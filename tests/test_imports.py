@@ -56,6 +56,10 @@ PURE += (
     "form.view",
     "images",
     "welcome",
+    "reconcile.findings",
+    "reconcile.evidence",
+    "reconcile.box",
+    "reconcile.plan",
 )
 WORLD = ("docker", "dockerspawner", "jupyterhub", "sqlalchemy", "alembic", "pynvml", "tornado", "requests")
 
