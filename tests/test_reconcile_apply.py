@@ -439,6 +439,8 @@ def test_reconcile_retries_a_failed_repair_less_and_less_often(world: World, str
     assert [key[0] for key in open_alerts(world.ledger)] == ["repair_fails"]
     raised = world.ledger.audit_rows(action="alert.raised")
     assert len(raised) == 1 and "no space left" in raised[0].reason
+    world.restart()
+    assert world.pass_().failed and len(open_alerts(world.ledger)) == 1, "another process knows that it fails"
     world.engine.fails.clear()
     world.turn(minutes=30)
     assert done(world.pass_()) == ["hold_ended"]

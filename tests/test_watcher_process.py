@@ -13,6 +13,7 @@ from reconcile_docker import DockerWorld
 from tiny_image import TINY_TAG, ensure_tiny
 from watcher_world import installed, wait, watcher
 
+from ds01spawner.containers.network import bridge_name, remove_rules, verify_rules
 from ds01spawner.containers.spec import SIMULATED_FOLDER
 from ds01spawner.gpu.simulated import SimulatedInventory
 from ds01spawner.ledger.store import Ledger, utcnow
@@ -115,6 +116,22 @@ def test_watcher_settings_that_are_missing_end_it_with_a_sentence(tmp_path: Path
     with watcher(settings) as running:
         assert running.process.wait(10) == 32
         assert "No settings at" in running.text() and "Traceback" not in running.text()
+
+
+def test_watcher_puts_network_rules_back(settings: Settings) -> None:
+    """As after `firewall-cmd --reload` or `iptables -F`: both families, within the time of one pass."""
+    closed = installed(settings.state_dir, unsafe_no_isolation=False, subnet="172.29.254.0/24")
+    with closing(Ledger.open(closed.url)) as ledger:
+        bridge = bridge_name(ledger.instance)
+    ports = (closed.hub_port, closed.service_port)
+    try:
+        with watcher(closed, RECONCILE_EVERY_S=0.5) as running:
+            wait(lambda: not verify_rules(bridge, closed.gateway, ports), "the rules are there")
+            remove_rules(bridge)
+            wait(lambda: not verify_rules(bridge, closed.gateway, ports), "the rules are there again", 10)
+            wait(lambda: len(running.lines("rules were put back")) >= 2, "it is told", 5)
+    finally:
+        remove_rules(bridge)
 
 
 # --------------------------------------------------------------------------- on a real Docker

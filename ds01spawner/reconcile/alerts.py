@@ -32,12 +32,15 @@ def open_alerts(ledger: Ledger) -> frozenset[Key]:
     return frozenset(key for key, action in latest.items() if action == RAISED)
 
 
-def tell(ledger: Ledger, who: str, findings: Iterable[Finding], scope: Collection[What]) -> tuple[Finding, ...]:
+def tell(
+    ledger: Ledger, who: str, findings: Iterable[Finding], scope: Collection[What], keep: Collection[Key] = ()
+) -> tuple[Finding, ...]:
     """Raise what is new among `findings`, clear what is over; gives what was raised.
 
     Args:
         findings: all of this pass; those of lower severity are passed over.
         scope: what this pass can see at all; open alerts of other kinds stay open.
+        keep: open alerts that stay open although they are not among `findings`.
     """
     known = open_alerts(ledger)
     current = {finding.key: finding for finding in findings if finding.severity is Severity.ALERT}
@@ -59,7 +62,7 @@ def tell(ledger: Ledger, who: str, findings: Iterable[Finding], scope: Collectio
         )
     words = {what.value for what in scope}
     for what, subject, container in sorted(known - current.keys()):
-        if what in words:
+        if what in words and (what, subject, container) not in keep:
             log.info("%s: no longer %s", subject, what.replace("_", " "))
             ledger.audit(who, CLEARED, subject, "seen no more", before={"what": what, "container": container})
     return tuple(raised)

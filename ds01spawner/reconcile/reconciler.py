@@ -91,8 +91,7 @@ class Reconciler:
         if later is not None and slow:
             later(slow, evidence)
         self._forget_settled(findings, evidence)
-        failing = tuple(retry.alert for retry in list(self._retries.values()) if retry.times >= ALERT_AFTER)
-        tell(self.runtime.ledger, self.runtime.who, (*findings, *failing), SCOPE)
+        self._tell(findings)
         report = Report((*outcomes, *(Outcome(f, Result.SKIPPED, "under way") for f in slow)), False, notes, counts)
         write(report)
         return report
@@ -131,6 +130,12 @@ class Reconciler:
         return news.findings
 
     # ----------------------------------------------------------------- repairs that fail
+
+    def _tell(self, findings: tuple[Finding, ...]) -> None:
+        failing = tuple(retry.alert for retry in list(self._retries.values()) if retry.times >= ALERT_AFTER)
+        # Another process may have told that a repair fails; it does so as long as there is something to repair.
+        keep = {(What.REPAIR_FAILS.value, finding.subject, finding.container_id) for finding in findings}
+        tell(self.runtime.ledger, self.runtime.who, (*findings, *failing), SCOPE, keep)
 
     def _paced(self, finding: Finding, now: datetime) -> Finding:
         retry = self._retries.get(finding.key)

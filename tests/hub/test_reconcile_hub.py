@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.docker, pytest.mark.hub]
 
 QUICK = """
 from jupyterhub.services.service import _ServiceSpawner
-_ServiceSpawner.poll_interval.default_value = 1
+_ServiceSpawner.poll_interval = 1
 """
 """The Hub looks every second whether its services live, instead of every thirty."""
 
