@@ -88,6 +88,7 @@ class World:
     boot: str = "11111111-0000-0000-0000-000000000000"
     fresh: bool = True
     made: int = 0
+    hold_after_stop: float | None = 0.0
     ledger: Ledger = field(init=False)
     engine: Any = field(init=False)
     runtime: Runtime = field(init=False)
@@ -144,6 +145,7 @@ class World:
     def reserve(self, user: str = "alice", *units: str) -> Allocation:
         """A start begins."""
         values = {key: Limit(value["value"], "test") for key, value in LIMITS["values"].items()}
+        values["gpu_hold_after_stop"] = Limit(self.hold_after_stop, "test")
         policies = {key: Limit(value["value"], "test") for key, value in LIMITS["policies"].items()}
         limits = Limits(user, "researchers", ("researchers",), values, policies)
         wanted = tuple(unit for unit in BOX.units if unit.uuid in units)

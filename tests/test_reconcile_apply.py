@@ -229,6 +229,12 @@ def test_reconcile_gives_an_endless_hold_its_end(world: World, stripped: list[st
     assert stripped
 
 
+def test_reconcile_leaves_an_endless_hold_that_the_policy_allows(world: World) -> None:
+    world.hold_after_stop = None
+    world.hold(world.start("alice", WHOLE))
+    assert not world.pass_().outcomes
+
+
 def test_reconcile_finishes_a_replacement_that_died_half_way(world: World) -> None:
     row = world.start("alice", WHOLE)
     world.hold(row, minutes=-1)
