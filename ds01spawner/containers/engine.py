@@ -367,6 +367,11 @@ class Engine:
                 events = self.client.pull(ref, stream=True, decode=True)
         except EngineNotFound as error:
             raise EngineError(error.message, code=Code.IMAGE_MISSING) from error
+        except EngineError as error:
+            if error.facts.get("status") != 400:
+                raise
+            # A name that Docker's grammar does not know is somebody's slip, not a fault of the engine.
+            raise EngineError(f"{error.message}: {ref} is no image reference.", code=Code.IMAGE_MISSING) from error
         for event in told_each(f"Pulling {ref}", events):
             if "error" in event:
                 raise EngineError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 
 from ds01spawner.errors import Problem
@@ -10,6 +10,7 @@ from ds01spawner.errors import Problem
 from .explain import at, closest
 from .fields import canonical_names, canonical_values
 from .layers import Group, Layer, built_ins
+from .mounts import MountEntry
 from .quantity import format_size
 from .schema import ExternalFile, LimitsFile, ProfilesFile
 from .yamltree import Node, Path
@@ -33,6 +34,9 @@ def check_limits(limits: LimitsFile, members: Mapping[str, frozenset[str]], tree
     yield from _check_references(limits, tree, file)
     yield from _check_ties(limits, members, tree, file)
     yield from _check_strangers(limits, members, tree, file)
+    writable = _writable(layer.mounts for _, layer in _layers(limits))
+    for path, layer in _layers(limits):
+        yield from _check_mounts(layer.mounts, writable, path, tree, file)
 
 
 def check_profiles(profiles: ProfilesFile, limits: LimitsFile | None, tree: Node, file: str) -> Iterator[Problem]:
@@ -42,8 +46,15 @@ def check_profiles(profiles: ProfilesFile, limits: LimitsFile | None, tree: Node
     marked = [key for key, profile in profiles.profiles.items() if profile.default]
     for key in marked[1:]:
         yield at(tree, file, ("profiles", key, "default"), f'"{marked[0]}" is the default profile already')
+    layers = [layer.mounts for _, layer in _layers(limits)] if limits is not None else []
+    writable = _writable([*layers, *(profile.mounts for profile in profiles.profiles.values())])
     for key, profile in profiles.profiles.items():
         path: Path = ("profiles", key)
+        yield from _check_mounts(profile.mounts, writable, path, tree, file)
+        for index, entry in enumerate(profile.mounts):
+            below = [other.host for layer in layers for other in layer if _swappable(other.host, [entry.host])]
+            if entry.mode == "rw" and below:
+                yield at(tree, file, (*path, "mounts", index), _decides(entry.host, below[0]), _APART)
         written = tree.data().get("profiles", {}).get(key, {})
         if "name" in written and written["name"] != key:
             yield at(tree, file, (*path, "name"), f'the name must be the key "{key}"; use title for people')
@@ -108,6 +119,32 @@ def _check_layer(layer: Layer, path: Path, tree: Node, file: str) -> Iterator[Pr
     if high is not None and most is not None and high > most:
         message = "memory_high above memory_max has no effect"
         yield at(tree, file, (*path, "aggregate", "memory_high"), message, warning=True)
+
+
+_APART = "mount folders that do not lie in each other, or the outer one read-only"
+
+
+def _writable(layers: Iterable[Sequence[MountEntry]]) -> list[str]:
+    """Host folders that somebody may write to."""
+    return sorted({entry.host for layer in layers for entry in layer if entry.mode == "rw"})
+
+
+def _check_mounts(
+    mounts: Sequence[MountEntry], writable: Sequence[str], path: Path, tree: Node, file: str
+) -> Iterator[Problem]:
+    """A folder in one that users may write to: with a link in its place they would choose what Docker mounts."""
+    for index, entry in enumerate(mounts):
+        outer = _swappable(entry.host, writable)
+        if outer is not None:
+            yield at(tree, file, (*path, "mounts", index), _decides(outer, entry.host), _APART)
+
+
+def _swappable(host: str, writable: Sequence[str]) -> str | None:
+    return next((outer for outer in writable if host.startswith(f"{outer}/")), None)
+
+
+def _decides(outer: str, inner: str) -> str:
+    return f"{outer} is mounted read-write, so users could put a link in the place of {inner}, which is mounted too"
 
 
 def _too_little(size: int) -> str:

@@ -17,8 +17,10 @@ _CLOSED_HOST = ("/boot", "/dev", "/etc", "/proc", "/run", "/sys", "/var/lib/dock
 _TOO_MUCH_HOST = ("/", "/home", "/opt", "/root", "/usr", "/var", "/var/lib", "/var/lib/ds01")
 """Too much at once; a folder below them may be meant."""
 
-_CLOSED_TARGET = ("/dev", "/etc", "/proc", "/run", "/sys", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/opt/jupyter")
-_TAKEN_TARGET = ("/", "/home", "/root", "/tmp", "/var", "/workspace")  # noqa: S108  # a path in the container
+_SYSTEM_TARGET = ("/dev", "/etc", "/proc", "/run", "/sys", "/usr", "/bin", "/sbin", "/lib", "/lib64", "/opt/jupyter")
+_USERS_TARGET = ("/home", "/workspace")
+"""In a user's own folder they could put a link where the mount is to be, and so choose its place."""
+_TAKEN_TARGET = ("/", "/root", "/tmp", "/var")  # noqa: S108  # a path in the container
 
 
 def _folder(value: object, what: str, below: tuple[str, ...], exactly: tuple[str, ...]) -> str:
@@ -33,7 +35,7 @@ def _folder(value: object, what: str, below: tuple[str, ...], exactly: tuple[str
         raise ValueError(f'the {what} "{text}" contains . or ..; write the path that is meant')
     path = "/" + "/".join(parts)
     if path in exactly or any(path == top or path.startswith(top + "/") for top in below):
-        raise ValueError(f"the {what} {path} may not be mounted; it belongs to the system")
+        raise ValueError(f"the {what} {path} may not be mounted; it belongs to the system or to the user")
     return path
 
 
@@ -42,7 +44,7 @@ def _host_folder(value: object) -> str:
 
 
 def _target_folder(value: object) -> str:
-    return _folder(value, "target", _CLOSED_TARGET, _TAKEN_TARGET)
+    return _folder(value, "target", _SYSTEM_TARGET + _USERS_TARGET, _TAKEN_TARGET)
 
 
 def _short_mount(value: object) -> object:
