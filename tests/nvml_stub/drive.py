@@ -14,8 +14,8 @@ from typing import Any
 
 from ds01spawner.errors import InventoryError
 from ds01spawner.gpu.inventory import open_inventory
-from ds01spawner.gpu.source import InventorySource
 from ds01spawner.gpu.nvml import NvmlInventory
+from ds01spawner.gpu.source import InventorySource
 from ds01spawner.model import plain
 
 
