@@ -38,8 +38,8 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def test_watcher_lifecycle_writes_snapshots_and_ends_cleanly(settings: Settings) -> None:
-    with watcher(settings) as running:
-        wait(lambda: newest(settings), "the first snapshot")
+    with watcher(settings, SNAPSHOT_EVERY_S=0.5) as running:
+        wait(lambda: running.lines("one look takes"), "the first snapshot")
         first = newest(settings)
         assert first is not None and len(first.inventory.units) == 4 and not first.stale(utcnow())
         wait(lambda: newest(settings) != first, "the next snapshot", 7)
@@ -53,7 +53,7 @@ def test_watcher_lifecycle_writes_snapshots_and_ends_cleanly(settings: Settings)
 
 def test_watcher_failure_of_its_hub_ends_it(settings: Settings) -> None:
     with watcher(settings, below=True) as running:
-        wait(lambda: newest(settings), "the first snapshot")
+        wait(lambda: running.lines("one look takes"), "the first snapshot")
         running.process.kill()
         running.process.wait(5)
         assert wait(lambda: not running.alive(), "the watcher's end", 5) < 3
@@ -64,7 +64,7 @@ def test_watcher_failure_of_its_hub_ends_it(settings: Settings) -> None:
 
 def test_watcher_lock_keeps_a_second_one_from_starting(settings: Settings) -> None:
     with watcher(settings) as first:
-        wait(lambda: newest(settings), "the first snapshot")
+        wait(lambda: first.lines("one look takes"), "the first snapshot")
         with watcher(settings, name="second", LOCK_PATIENCE_S=0.3) as second:
             assert second.process.wait(15) == 24
             (line,) = second.text().splitlines()
