@@ -38,7 +38,7 @@ from .progress import CREATE, GPU, IMAGE, QUOTA
 from .runtime import Runtime, require_isolation
 from .scene import Asking, Person, look
 from .undo import Trail
-from .verify import address_of, last_words, memory_full, require_running, verify
+from .verify import address_of, last_words, parent_full, require_running, verify
 from .welcome import welcome_notebook
 
 log = logging.getLogger("ds01.launch")
@@ -388,20 +388,20 @@ class Launch:
             The address at which the server will answer.
 
         Raises:
-            EngineError: it did not start. Refusal: no memory is left to this user. HostError: device_mismatch or
-                storage_refused.
+            EngineError: it did not start. Refusal: no memory or process is left to this user.
+            HostError: device_mismatch or storage_refused.
         """
         self._check()
         runtime = self._runtime
         self._trail.started = True
         try:
             runtime.engine.start(self.container_id)
+            facts = require_running(runtime, self.container_id)
         except EngineError as error:
-            refusal = memory_full(error, self._scene.limits)
+            refusal = parent_full(runtime, self._scene.limits, error)
             if refusal is None:
                 raise
             raise refusal from error
-        facts = require_running(runtime, self.container_id)
         folders = {"/workspace": self._workspace, self._account.home: self._home}
         verify(runtime, facts, self._admission, folders)
         self._check()

@@ -15,6 +15,10 @@ from .runtime import Runtime
 LAST_LINES = 20
 LAST_WORDS = 2000
 """Lines and characters of a dead container's log that go into the sentence for its owner."""
+FULL = 0.9
+"""Part of a limit from which on it is what stopped the container; caches that could be dropped count as well."""
+SIGKILLED = 137
+_FULL = ("oom", "cannot start a stopped process", "resource temporarily unavailable", "cannot allocate memory")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -46,21 +50,34 @@ def last_words(runtime: Runtime, container: str) -> str:
     return f"Its last words: {text}" if text else "It said nothing."
 
 
-def memory_full(error: EngineError, limits: Limits) -> Refusal | None:
-    """The sentence for a container that the kernel did not let begin because its owner's memory is used up.
+def parent_full(runtime: Runtime, limits: Limits, error: EngineError) -> Refusal | None:
+    """The sentence for a container that could not begin because its owner's memory or processes are used up.
 
-    The user's cgroup parent counts all their containers; what is over its limit when runc starts the next one ends
-    that one's init process. None if `error` is another story.
+    The user's cgroup parent counts all their containers. What is over its limits when the next one begins ends that
+    one's first process, and runc tells of an init that was OOM-killed, of a process that had stopped already, or of a
+    fork that failed. None if the parent is not full, or if `error` is another story.
     """
-    limit = limits.values.get("aggregate.memory_max")
-    if "oom" not in error.message.lower() or limit is None or limit.value is None:
+    told = error.message.lower()
+    killed = error.facts.get("exit_code") == SIGKILLED or error.facts.get("out_of_memory")
+    if not killed and not any(hint in told for hint in _FULL):
         return None
-    return Refusal(
-        Code.USER_QUOTA,
-        f"Your servers together already use the {format_size(int(limit.value))} of memory that you have "
-        f"({limit.source}), so another one cannot start. Stop one of them, or free memory in it.",
-        facts={"limit": limit.value, "source": limit.source, "resource": "memory"},
-    )
+    now = runtime.cgroups.facts(limits.group, limits.user)
+    for key, used, most in (
+        ("aggregate.memory_max", now.memory_used, now.memory_max),
+        ("aggregate.tasks_max", now.tasks, now.tasks_max),
+    ):
+        limit = limits.values.get(key)
+        if limit is None or limit.value is None or used is None or not most or used < FULL * most:
+            continue
+        what = "memory" if key == "aggregate.memory_max" else "processes"
+        amount = format_size(int(limit.value)) if what == "memory" else str(limit.value)
+        return Refusal(
+            Code.USER_QUOTA,
+            f"Your servers together already use the {amount} of {what} that you have ({limit.source}), so another one "
+            "cannot start. Stop one of them, or free something in it.",
+            facts={"resource": what, "used": used, "limit": limit.value, "source": limit.source},
+        )
+    return None
 
 
 def address_of(runtime: Runtime, facts: ContainerFacts) -> str:

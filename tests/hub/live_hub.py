@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import docker
 import requests
@@ -43,6 +45,12 @@ extra = Path(os.environ[{DEMO_ENV!r}]).parent / "extra_config.py"
 if extra.exists():
     exec(compile(extra.read_text(), str(extra), "exec"))
 """
+
+
+def server_path(user: str, server: str = "") -> str:
+    """A server's place in the REST API, whatever characters its names have."""
+    name = quote(user, safe="")
+    return f"users/{name}/servers/{quote(server, safe='')}" if server else f"users/{name}/server"
 
 
 class LiveHub:
@@ -152,12 +160,11 @@ class LiveHub:
 
     def add_user(self, user: str) -> None:
         """Make a Hub user; no error if there is one."""
-        assert self.api("POST", f"users/{user}").status_code in (201, 409)
+        assert self.api("POST", f"users/{quote(user, safe='')}").status_code in (201, 409)
 
     def ask(self, user: str, options: Mapping[str, Any] | None = None, server: str = "") -> requests.Response:
         """Ask for a start and return at once (201 ready, 202 pending, 4xx refused)."""
-        path = f"users/{user}/servers/{server}" if server else f"users/{user}/server"
-        return self.api("POST", path, json=dict(options) if options is not None else None)
+        return self.api("POST", server_path(user, server), json=dict(options) if options is not None else None)
 
     def spawn(self, user: str, options: Mapping[str, Any] | None = None, server: str = "") -> None:
         """Start a server and wait until it answers."""
@@ -174,20 +181,18 @@ class LiveHub:
 
     def server(self, user: str, server: str = "") -> dict[str, Any] | None:
         """The Hub's model of a server; None if the Hub has none that is active."""
-        servers = self.api("GET", f"users/{user}").json().get("servers", {})
+        servers = self.api("GET", f"users/{quote(user, safe='')}").json().get("servers", {})
         model: dict[str, Any] | None = servers.get(server)
         return model
 
     def progress(self, user: str, server: str = "") -> list[dict[str, Any]]:
         """All events of the progress stream, until it ends."""
-        path = f"users/{user}/servers/{server}/progress" if server else f"users/{user}/server/progress"
-        answer = self.api("GET", path)
+        answer = self.api("GET", f"{server_path(user, server)}/progress")
         return [json.loads(line[5:]) for line in answer.text.splitlines() if line.startswith("data:")]
 
     def halt(self, user: str, server: str = "") -> None:
         """Stop a server and wait until the Hub has finished."""
-        path = f"users/{user}/servers/{server}" if server else f"users/{user}/server"
-        answer = self.api("DELETE", path)
+        answer = self.api("DELETE", server_path(user, server))
         assert answer.status_code in (202, 204), f"{answer.status_code} {answer.text}"
         self.wait(lambda: self.server(user, server) is None, f"{user}'s server {server!r} is stopped")
 
@@ -241,7 +246,8 @@ def live_hub(
     """
     client = docker.APIClient(timeout=60)
     try:
-        with instance.prepared(client, port=18000, image=image) as plan:
+        # Another run of the tests may look for a free port at the same moment.
+        with instance.prepared(client, port=random.randrange(18000, 28000), image=image) as plan:
             (plan.state / "extra_config.py").write_text(extra_config)
             hub = (kind or LiveHub)(plan, environment)
             try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import requests
 import yaml
-from live_hub import TOKEN, LiveHub, live_hub
+from live_hub import TOKEN, LiveHub, live_hub, server_path
 
 from deploy.instance import Plan
 
@@ -35,6 +35,7 @@ http.server.ThreadingHTTPServer(("", 8888), Stub).serve_forever()
 COMMAND = ["python3", "-c", STUB]
 
 FAULTS = """
+import json
 import time
 from pathlib import Path
 from ds01spawner.containers.engine import Engine
@@ -75,15 +76,37 @@ for owner, names in ((Engine, ("create", "start", "stop", "pull", "image_facts",
 
 def settings(spawner):
     for file in FOLDER.glob("*.setting"):
-        setattr(spawner, file.stem, int(file.read_text()))
+        setattr(spawner, file.stem, json.loads(file.read_text()))
 
 c.DS01Spawner.pre_spawn_hook = settings
+c.DockerSpawner.mem_limit = "1G"
+c.DS01Spawner.volumes = {{"/": "/host"}}
+c.DS01Spawner.image = "somebody/else:1"
+c.DockerSpawner.remove = True
+c.DS01Spawner.extra_host_config = {{"privileged": True, "cap_add": ["SYS_ADMIN"]}}
 c.DS01Spawner.http_timeout = 6
 c.DS01Spawner.start_timeout = 60
 c.JupyterHub.init_spawners_timeout = 2
 c.JupyterHub.tornado_settings = {{"slow_stop_timeout": 0.5}}
 c.Spawner.poll_interval = 1
 """
+
+AWKWARD = [
+    "o'hara",
+    "ünïcödé",
+    "名前",
+    "a b",
+    "root",
+    "_apt",
+    "$(reboot)",
+    "-rf",
+    "..a",
+    "a+b@c;d",
+    'say"hi"',
+    "<script>",
+    "x" * 120,
+]
+"""User names that JupyterHub admits."""
 
 LIMITS = {
     "defaults": {
@@ -98,8 +121,8 @@ LIMITS = {
         "policies": {"sigterm_grace_s": 1},
     },
     "groups": {
-        "students": {"members": ["alice", "bob", "carol", "student1", "a-b", "a.b", "dora@uni.example"]},
-        "staff": {"members": ["rich"], "priority": 50, "max_mig_instances": 2, "allow_full_gpu": True},
+        "students": {"members": ["alice", "bob", "carol", "student1", "a-b", "a.b", "dora@uni.example", *AWKWARD]},
+        "staff": {"members": ["rich", "rita"], "priority": 50, "max_mig_instances": 2, "allow_full_gpu": True},
         "two": {"members": ["zoe"], "priority": 60, "max_mig_instances": 2},
     },
 }
@@ -150,10 +173,10 @@ class StubHub(LiveHub):
         self.wait(mark.exists, f"{step} is reached", timeout)
 
     @contextlib.contextmanager
-    def setting(self, trait: str, value: int) -> Iterator[None]:
+    def setting(self, trait: str, value: object) -> Iterator[None]:
         """While in the block: starts have that value of a spawner's trait."""
         order = self._faults / f"{trait}.setting"
-        order.write_text(str(value))
+        order.write_text(json.dumps(value))
         try:
             yield
         finally:
@@ -166,11 +189,10 @@ class StubHub(LiveHub):
 
     def peek(self, user: str, server: str = "") -> list[dict[str, Any]]:
         """The events so far of a start that is under way."""
-        path = f"users/{user}/servers/{server}/progress" if server else f"users/{user}/server/progress"
         found: list[dict[str, Any]] = []
         headers = {"Authorization": f"token {TOKEN}"}
         with contextlib.suppress(requests.RequestException):
-            url = f"{self.plan.url}/hub/api/{path}"
+            url = f"{self.plan.url}/hub/api/{server_path(user, server)}/progress"
             with requests.get(url, headers=headers, stream=True, timeout=0.5) as answer:
                 found.extend(json.loads(line[5:]) for line in answer.iter_lines() if line.startswith(b"data:"))
         return found

@@ -58,7 +58,7 @@ def waits(stub: StubHub, user: str, profile: str, step: str, when: str = "before
 
 
 @pytest.mark.parametrize("step", ["image_facts", "create", "start", "finish"])
-def test_failure_by_delete_while_pending_at_each_step(stub: StubHub, step: str) -> None:
+def test_trap_t06_failure_by_delete_while_pending_at_each_step(stub: StubHub, step: str) -> None:
     """Fails without the `except BaseException` of start(): stop() is never called for a start that was cancelled."""
     with stub.fault(step, "before", "wait"):
         waits(stub, "alice", "small", step)
@@ -87,7 +87,7 @@ def test_failure_by_delete_while_it_waits_for_a_slot_gives_the_place_back(stub: 
         stub.spawn(name, {"profile": "cpu"})
 
 
-def test_failure_by_start_timeout_at_a_step_that_hangs(stub: StubHub) -> None:
+def test_trap_t06_failure_by_start_timeout_at_a_step_that_hangs(stub: StubHub) -> None:
     """Fails without the `except BaseException` of start(): the timeout arrives as a cancellation (trap T6)."""
     with stub.fault("start", "before", "wait"), stub.setting("start_timeout", 2):
         waits(stub, "bob", "small", "start")
@@ -183,7 +183,7 @@ def test_failure_of_the_ledger_for_the_row_undoes_the_start(stub: StubHub) -> No
     stub.clean()
 
 
-def test_failure_of_the_hub_killed_in_the_middle_of_a_first_start(stub: StubHub) -> None:
+def test_trap_t07_failure_of_the_hub_killed_in_the_middle_of_a_first_start(stub: StubHub) -> None:
     """Fails without the operation row and the token on the container: nobody could tell whose it is."""
     for step, when in (("create", "before"), ("create", "after"), ("start", "before")):
         with stub.fault(step, when, "wait"):
@@ -195,7 +195,7 @@ def test_failure_of_the_hub_killed_in_the_middle_of_a_first_start(stub: StubHub)
         stub.clean(timeout=40)
 
 
-def test_failure_of_the_hub_killed_while_the_server_boots_goes_on_with_it(stub: StubHub) -> None:
+def test_trap_t07_failure_of_the_hub_killed_while_the_server_boots_goes_on_with_it(stub: StubHub) -> None:
     """Fails without the look into the ledger in `poll` and without `get_url`: the Hub has no state of it."""
     with stub.fault("finish", "before", "wait"):
         waits(stub, "alice", "small", "finish")
