@@ -91,6 +91,9 @@ c.JupyterHub.tornado_settings = {{"slow_stop_timeout": 0.5}}
 c.Spawner.poll_interval = 1
 """
 
+STARTS = 3
+"""Places in the line of starts."""
+
 AWKWARD = [
     "o'hara",
     "ünïcödé",
@@ -227,9 +230,9 @@ class StubHub(LiveHub):
     def sweep(self) -> None:
         """Between tests: stop and delete what runs, by the Hub's own doors, and forget what is stopped."""
         self.no_faults()
-        for user in self.api("GET", "users").json():
-            for server in user.get("servers") or {}:
-                self.halt(user["name"], server)
+        users = self.api("GET", "users").json()
+        running = [(user["name"], server) for user in users for server in user.get("servers") or {}]
+        list(self._aside.map(lambda one: self.halt(*one), running))
         engine, ledger = self.runtime.engine, self.runtime.ledger
         for allocation in ledger.allocations(live=True):
             with ledger.operation(allocation.id, "sweep", "test"):
@@ -247,6 +250,8 @@ def stub_hub(image: str, *, extra_config: str = "", environment: dict[str, str] 
 
     def prepare(hub: LiveHub) -> None:
         assert isinstance(hub, StubHub)
+        hub.plan.settings["start_concurrency"] = STARTS
+        hub.plan.save()
         folder = hub.plan.state / "faults"
         folder.mkdir()
         (hub.plan.state / "extra_config.py").write_text(FAULTS.format(folder=str(folder)) + extra_config)

@@ -172,20 +172,20 @@ def test_trap_t13_pending_page_of_a_named_server_stops_that_server(stub: StubHub
 
 def test_trap_t14_rename_is_refused_while_a_container_of_the_old_name_has_files(stub: StubHub) -> None:
     """Fails without `DS01Spawner.rename`: the files would be out of reach under the new name."""
-    stub.spawn("alice", {"profile": "cpu"}, "old")
-    stub.halt("alice", "old")
+    stub.spawn("bob", {"profile": "cpu"}, "old")
+    stub.halt("bob", "old")
 
     def rename(old: str, new: str) -> requests.Response:
-        return stub.api("PATCH", f"users/alice/servers/{old}", json={"name": new})
+        return stub.api("PATCH", f"users/bob/servers/{old}", json={"name": new})
 
     answer = rename("old", "new")
     if answer.status_code == 405:
         pytest.skip("this JupyterHub cannot rename servers")
     assert answer.status_code == 409 and "own files" in answer.json()["message"]
     assert rename("old", "main").status_code == 400
-    assert stub.api("DELETE", "users/alice/servers/old", json={"remove": True}).status_code == 204
+    assert stub.api("DELETE", "users/bob/servers/old", json={"remove": True}).status_code == 204
     stub.clean()
-    assert stub.ask("alice", {"profile": "whole"}, "never").status_code == 403
+    assert stub.ask("bob", {"profile": "whole"}, "never").status_code == 403
     assert rename("never", "new").status_code == 200
 
 
