@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import sys
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,14 @@ def _set_hub(c: Any, settings: Settings, path: Path) -> None:
 
 
 class QuotaLine:
-    """The quota line of the home page, worked out when the template shows it and not on every page."""
+    """The quota line of the home page: called by the template that shows it, and worked out in a thread (the ledger and
+    the policy are read for it, some milliseconds that the Hub's event loop has better uses for)."""
 
     def __init__(self, path: Path, user: Any) -> None:
         self._path = path
         self._user = user
 
-    @cached_property
-    def text(self) -> str:
+    async def __call__(self) -> str:
         """What the user holds of what they may have; "" where there is nothing to say."""
         from .spawn_page import quota_line
         from .spawner import DS01Spawner
@@ -126,13 +126,12 @@ class QuotaLine:
         if self._user is None or not hasattr(self._user, "groups"):
             return ""
         person = Person(self._user.name, tuple(group.name for group in self._user.groups))
-        return quota_line(DS01Spawner.runtime_of(str(self._path)), person)
-
-    def __bool__(self) -> bool:
-        return bool(self.text)
-
-    def __str__(self) -> str:
-        return self.text
+        runtime = DS01Spawner.runtime_of(str(self._path))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(runtime.threads, quota_line, runtime, person)
+        except Exception:
+            log.exception("the quota line of %s could not be worked out", person.name)
+            return ""
 
 
 def _set_spawner(c: Any, path: Path) -> None:

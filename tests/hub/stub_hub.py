@@ -69,7 +69,7 @@ def faulty(owner, name):
     setattr(owner, name, wrapped)
 
 for owner, names in ((Engine, ("create", "start", "stop", "pull", "image_facts", "remove")),
-                     (Ledger, ("reserve", "bind", "activate", "record_request")),
+                     (Ledger, ("reserve", "bind", "activate", "record_request", "usage")),
                      (Launch, ("admit", "finish"))):
     for name in names:
         faulty(owner, name)

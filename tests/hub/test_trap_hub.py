@@ -292,6 +292,21 @@ def test_trap_t21_servers_of_one_user_at_once_share_one_quota(stub: StubHub) -> 
     assert {status for status in answers if status >= 400} == {409}
 
 
+def test_trap_home_page_reads_the_ledger_beside_the_event_loop(stub: StubHub) -> None:
+    """Fails if the template's quota line blocks the Hub: a ledger that is slow for one page would be slow for all."""
+    student = person(stub)
+    home = text_of(student.session.get(f"{stub.plan.url}/hub/home", timeout=30).text)
+    assert "in use 0 of 1" in home and "coroutine" not in home, home[:500]
+    with stub.fault("usage", "before", "wait"), ThreadPoolExecutor(1) as pool:
+        page = pool.submit(student.session.get, f"{stub.plan.url}/hub/home", timeout=30)
+        stub.reached("usage")
+        began = time.monotonic()
+        assert stub.api("GET", "").status_code == 200
+        assert time.monotonic() - began < 2 and not page.done()
+        stub.no_faults()
+        assert "in use 0 of 1" in text_of(page.result().text)
+
+
 def test_trap_commands_of_profiles_get_no_word_of_the_user(stub: StubHub) -> None:
     """Fails if options reach the command line or the environment."""
     stub.spawn("alice", {"profile": "cpu"})
