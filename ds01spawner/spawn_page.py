@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import html
 
-from .errors import Ds01Error
+from .errors import Alternative, Ds01Error
 from .form.render import render_form
-from .form.view import build_view, quota_lines, quota_sentence
+from .form.view import FormView, build_view, quota_lines, quota_sentence
 from .images import profile_image
 from .runtime import Runtime
-from .scene import Person, look
+from .scene import Person, Scene, look
+
+MAX_OFFERS = 3
+"""More would make a sentence that nobody reads."""
 
 
 def spawn_form(runtime: Runtime, person: Person, server_name: str) -> str:
@@ -18,8 +21,19 @@ def spawn_form(runtime: Runtime, person: Person, server_name: str) -> str:
         scene = look(runtime, person)
     except Ds01Error as error:
         return f'<p class="alert alert-danger" role="alert">{html.escape(error.message)}</p>'
+    return render_form(_view(runtime, scene, person, server_name))
+
+
+def offers(runtime: Runtime, scene: Scene, person: Person, server_name: str) -> tuple[Alternative, ...]:
+    """Cards of the form that could start now, as alternatives to one that was refused; at most `MAX_OFFERS`."""
+    view = _view(runtime, scene, person, server_name)
+    cards = sorted((card for card in view.cards if card.available), key=lambda card: -card.share)
+    return tuple(Alternative(card.title, {"profile": card.profile, "size": card.size}) for card in cards[:MAX_OFFERS])
+
+
+def _view(runtime: Runtime, scene: Scene, person: Person, server_name: str) -> FormView:
     newest = runtime.newest_image(scene.snapshot)
-    view = build_view(
+    return build_view(
         user=person.name,
         server_name=server_name,
         limits=scene.limits,
@@ -32,7 +46,6 @@ def spawn_form(runtime: Runtime, person: Person, server_name: str) -> str:
         private_images=scene.saved,
         policy_problems=any(not problem.warning for problem in runtime.policies.problems),
     )
-    return render_form(view)
 
 
 def quota_line(runtime: Runtime, person: Person) -> str:

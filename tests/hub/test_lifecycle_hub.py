@@ -143,3 +143,14 @@ def test_failure_of_a_pending_start_deleted_leaves_nothing(hub: LiveHub) -> None
     hub.wait(lambda: hub.server("researcher1", "slow") is None, "the Hub gave up")
     hub.wait(lambda: not hub.runtime.ledger.usage().taken(), "the unit is free")
     assert not [c for c in hub.containers() if c.running]
+
+
+def test_lifecycle_refusal_offers_the_cards_that_could_start(hub: LiveHub) -> None:
+    hub.add_user("student1")
+    hub.change_limits(students={"max_mig_instances": 0})
+    try:
+        answer = hub.ask("student1", {"profile": "small"})
+    finally:
+        hub.change_limits(students={"max_mig_instances": 1})
+    assert answer.status_code == 409, answer.text
+    assert "You could instead take: CPU only" in answer.json()["message"]
