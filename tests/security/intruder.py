@@ -149,7 +149,9 @@ class Lab:
         """Build the image whose author means no good."""
         text = EVIL.format(base=self.hub.plan.image, instance=self.hub.runtime.ledger.instance)
         lines = list(
-            self.client.build(fileobj=io.BytesIO(text.encode()), tag=EVIL_IMAGE, network_mode="none", decode=True)
+            self.client.build(
+                fileobj=io.BytesIO(text.encode()), tag=EVIL_IMAGE, network_mode="none", decode=True, rm=True
+            )
         )
         assert not [line for line in lines if "error" in line], lines
         return EVIL_IMAGE
