@@ -402,36 +402,39 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         known: str = self.server.url
         try:
             address = await self._thread(servers.address, self.runtime, self.object_id)
-        except Ds01Error as error:
-            self.log.warning("%s: keeping its address: %s", self._log_name, error.message)
+        except Exception as error:  # one that came out of here would end the Hub
+            self.log.warning("%s: keeping its address: %s", self._log_name, error, exc_info=True)
             return known
         return url_path_join(f"http://{address}:{self.port}", self.server.base_url) if address else known
 
     async def stop(self, now: bool = False) -> None:
-        """Stop the container and give back what it held. Files outside the mounts are kept (see `servers.give_back`).
-
-        The Hub forgets a server whose stop() raises, so this goes on asking while Docker does not answer.
-        """
+        """Stop the container and give back what it held. Files outside the mounts stay (see `servers.give_back`)."""
         self._ended = True
         if self._launch is not None:
             await asyncio.shield(self._take_back(self._launch, Cancelled("The server was stopped.")))
             return
         await self._undone()
-        give_up = asyncio.get_running_loop().time() + STOP_PATIENCE_S
         halt = partial(servers.end, self.runtime, self.user.name, self.name, self.object_id, now=now)
+        try:
+            self._resumes = await self._insist(halt)
+        except Exception as error:
+            self.log.error("%s: left to the watcher to stop: %s", self._log_name, error, exc_info=True)
+            await self._postpone(error)
+        self.clear_state()
+
+    async def _insist(self, action: Callable[[], T]) -> T:
+        """Try for a while: the Hub forgets a server whose stop() or delete_forever() raises."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + STOP_PATIENCE_S
         while True:
             try:
-                self._resumes = await self._thread(halt, pool=self.runtime.ends)
-                break
+                return await self._thread(action, pool=self.runtime.ends)
             except Exception as error:
-                self.log.warning(
-                    "%s: not stopped yet: %s", self._log_name, error, exc_info=not isinstance(error, Ds01Error)
-                )
-                if asyncio.get_running_loop().time() >= give_up:
-                    await self._postpone(error)
-                    break
+                if clock() >= give_up:
+                    raise
+                story = not isinstance(error, Ds01Error)
+                self.log.warning("%s: not ended yet: %s", self._log_name, error, exc_info=story)
             await asyncio.sleep(STOP_RETRY_S)
-        self.clear_state()
 
     async def _postpone(self, error: Exception) -> None:
         self._resumes = True  # what still runs needs its token
@@ -482,6 +485,6 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
     async def delete_forever(self) -> None:
         """Remove the container of a server that its owner deleted; saved images and folders stay."""
         try:
-            await self._thread(servers.forget, self.runtime, self.user.name, self.name, pool=self.runtime.ends)
+            await self._insist(partial(servers.forget, self.runtime, self.user.name, self.name))
         except Ds01Error as error:
             raise spawn_error(error) from error

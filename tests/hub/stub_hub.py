@@ -68,7 +68,7 @@ def faulty(owner, name):
         return result
     setattr(owner, name, wrapped)
 
-for owner, names in ((Engine, ("create", "start", "stop", "pull", "image_facts", "remove")),
+for owner, names in ((Engine, ("create", "start", "stop", "pull", "image_facts", "remove", "inspect_facts")),
                      (Ledger, ("reserve", "bind", "activate", "record_request", "usage")),
                      (Launch, ("admit", "finish"))):
     for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -134,6 +135,19 @@ def test_failure_of_docker_for_longer_than_a_stop_waits_is_ended_by_the_watcher(
     facts = hub.container("alice")
     assert facts is not None and not facts.running
     assert not hub.runtime.ledger.usage().taken()
+
+
+def test_failure_of_docker_during_a_deletion_waits_for_it(hub: StubHub, door: DockerDoor) -> None:
+    """Fails if `delete_forever` raises at once: the Hub deletes the server all the same, and its container stays."""
+    hub.spawn("alice", {"profile": "small"}, "lab")
+    hub.halt("alice", "lab")
+    door.shut()
+    with ThreadPoolExecutor(1) as pool:
+        deleted = pool.submit(hub.api, "DELETE", "users/alice/servers/lab", json={"remove": True})
+        time.sleep(1)
+        door.open()
+        assert deleted.result().status_code == 204
+    hub.clean()
 
 
 def test_trap_t08_hub_restart_without_docker_forgets_nobody(hub: StubHub, door: DockerDoor) -> None:

@@ -133,6 +133,44 @@ def test_failure_of_an_active_allocation_whose_container_is_gone(stub: StubHub) 
     stub.spawn("alice", {"profile": "small"})
 
 
+@pytest.mark.parametrize("kind", ["bug", "docker"])
+def test_failure_of_a_look_at_a_container_is_no_evidence(stub: StubHub, kind: str) -> None:
+    """Fails if `poll` lets any exception out: the Hub would take the server for dead and forget it."""
+    stub.spawn("alice", {"profile": "small"})
+    before = stub.logged("assuming that it still runs")
+    with stub.fault("inspect_facts", "before", kind):
+        stub.wait(lambda: stub.logged("assuming that it still runs") > before, "a poll failed")
+        stub.end()
+        stub.start()
+    stub.wait(lambda: (stub.server("alice") or {}).get("ready"), "still there")
+    assert container(stub, "alice").running
+
+
+def test_failure_of_settling_leaves_the_lease_to_the_watcher(stub: StubHub) -> None:
+    """Fails if a stop whose units cannot be given back now hangs, or frees them although a container names them."""
+    stub.spawn("alice", {"profile": "small"})
+    with stub.fault("remove", "before", "docker"):
+        stub.halt("alice")
+    allocation, facts = stub.allocation("alice"), container(stub, "alice")
+    assert allocation is not None and allocation.leases and allocation.state.value == "held"
+    assert not facts.may_run
+    assert allocation.held_until is not None, "the watcher ends this hold at its next pass"
+    stub.spawn("alice", {"profile": "small"})
+
+
+def test_failure_of_deletion_of_servers_and_users_leaves_nothing(stub: StubHub) -> None:
+    """Fails without `delete_forever`, or if it forgets the private tag."""
+    stub.spawn("carol", {"profile": "small"}, "lab")
+    stub.spawn("carol", {"profile": "cpu"})
+    private = container(stub, "carol").image_ref
+    stub.halt("carol", "lab")
+    assert stub.api("DELETE", "users/carol/servers/lab", json={"remove": True}).status_code == 204
+    assert [a.server_name for a in stub.runtime.ledger.allocations()] == [""]
+    assert stub.api("DELETE", "users/carol").status_code == 204
+    stub.clean()
+    assert stub.runtime.engine.image_facts(private) is None
+
+
 @pytest.mark.parametrize("label", ["token", "user"])
 def test_failure_of_a_container_that_the_ledger_does_not_know_is_left_alone(stub: StubHub, label: str) -> None:
     """Fails if a ledger from a backup stops a newer server, or mixes up two users' containers of one uid."""
