@@ -217,7 +217,7 @@ def _labels(runtime: Runtime, plan: Plan) -> dict[str, str]:
             framework=framework_of(plan.profile),
             architecture=box_architecture(snapshot) or "",
             gpus=tuple(unit.uuid for unit in plan.admission.units),
-            workspace=str(plan.workspace.path),
+            workspace=str(plan.workspace.shown),
             data=mounts.get("/data"),
             models=mounts.get("/models"),
             inherited=plan.image_facts.labels,

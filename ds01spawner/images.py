@@ -13,7 +13,7 @@ from .errors import Alternative, Code, Refusal
 from .model import Request
 from .policy.schema import Profile
 
-_ID = re.compile(r"(sha256:)?[0-9a-f]{4,64}")
+_ID = re.compile(r"(sha256:)?[0-9a-f]{1,64}")
 """What Docker may take for (the beginning of) an image id."""
 
 
@@ -122,5 +122,20 @@ def _hidden(image: str) -> bool:
 
 
 def allowed(image: str, profile: Profile, default: str) -> bool:
-    """True if the profile offers `image`."""
-    return image == default or any(fnmatch.fnmatchcase(image, pattern) for pattern in profile.images)
+    """True if the profile offers `image`.
+
+    A `*` does not cross registries: an image of a named registry (`host.example/…`, `host:5000/…`) needs a pattern that
+    begins with that very name, or `pytorch*` would mean `pytorch.evil.example/x` too.
+    """
+    if image == default:
+        return True
+    if ".." in image or "//" in image:
+        return False
+    home = _registry(image)
+    return any(fnmatch.fnmatchcase(image, pattern) for pattern in profile.images if pattern.startswith(home))
+
+
+def _registry(image: str) -> str:
+    """`host/` of a reference that names a registry, by Docker's own rule; "" otherwise."""
+    first, slash, _ = image.partition("/")
+    return f"{first}/" if slash and ("." in first or ":" in first or first == "localhost") else ""

@@ -39,3 +39,17 @@ def overruled(config: Mapping[str, Any], sections: Iterable[str]) -> Iterator[st
         for name in sorted(config.get(section) or ()):
             if name in INSTEAD:
                 yield f"c.{section}.{name} has no effect with ds01spawner: {INSTEAD[name]}."
+
+
+def exposed(config: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for every switch of the Hub's own that leaves people open to each other.
+
+    Args:
+        config: traitlets' configuration.
+    """
+    if not (config.get("JupyterHub") or {}).get("subdomain_host"):
+        yield (
+            "c.JupyterHub.subdomain_host is not set: all servers share the Hub's origin, so whoever opens a page of "
+            "somebody else's server while logged in gives its owner everything they may do, admins included "
+            "(docs/security.md, Browsers)."
+        )

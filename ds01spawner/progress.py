@@ -104,6 +104,10 @@ class ProgressLog:
                 await changed.wait()
 
 
+LONGEST_SLOT_S = 20.0
+"""A Jupyter server boots in a few seconds; what takes longer than this is not waiting for a processor."""
+
+
 class StartQueue:
     """At most `width` containers start at a time, first come first served; whoever waits knows the place.
 
@@ -116,13 +120,24 @@ class StartQueue:
         self._waiting: list[asyncio.Event] = []
 
     @asynccontextmanager
-    async def slot(self, log: ProgressLog | None = None) -> AsyncIterator[None]:
-        """Hold a place for the duration of the block, however it ends."""
+    async def slot(self, log: ProgressLog | None = None, *, longest: float = LONGEST_SLOT_S) -> AsyncIterator[None]:
+        """Hold a place for the duration of the block, however it ends, but for no longer than `longest` seconds: a few
+        servers that never answer must not keep everybody else from starting."""
         await self.enter(log)
+        left = False
+
+        def leave_once() -> None:
+            nonlocal left
+            if not left:
+                left = True
+                self.leave()
+
+        timer = asyncio.get_running_loop().call_later(longest, leave_once)
         try:
             yield
         finally:
-            self.leave()
+            timer.cancel()
+            leave_once()
 
     async def enter(self, log: ProgressLog | None = None) -> None:
         """Wait for a place; tell `log` how many are in front."""

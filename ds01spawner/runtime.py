@@ -50,6 +50,7 @@ class Runtime:
     now: Callable[[], datetime] = utc_now
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ds01"))
     pulls: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(PULL_THREADS, "ds01-pull"))
+    admissions: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ds01-admit"))
     ends: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS, "ds01-end"))
     _info: EngineInfo | None = None
     _cgroups: CgroupParents | None = None
@@ -74,6 +75,7 @@ class Runtime:
         """End threads and connections."""
         self.threads.shutdown(wait=False, cancel_futures=True)
         self.pulls.shutdown(wait=False, cancel_futures=True)
+        self.admissions.shutdown(wait=False, cancel_futures=True)
         self.ends.shutdown(wait=False, cancel_futures=True)
         self.engine.close()
         self.ledger.close()

@@ -31,12 +31,13 @@ from .containers.spec import api_token
 from .errors import Code, Ds01Error, Refusal, SettingsInvalid
 from .form.request import options_from_form, options_from_query
 from .launch import Cancelled, Launch
-from .overruled import overruled
+from .overruled import exposed, overruled
 from .progress import ANSWER, CREATE, IMAGE, QUEUE, QUOTA, READY, START, ProgressLog
 from .runtime import Runtime
 from .scene import Person
 from .servers import Ended
 from .spawn_page import spawn_form
+from .stored_options import guard
 
 try:  # JupyterHub 6
     from jupyterhub.spawner import SpawnException as _SpawnException
@@ -93,7 +94,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for sentence in overruled(self.config, type(self).section_names()):
+        guard()
+        for sentence in (*overruled(self.config, type(self).section_names()), *exposed(self.config)):
             if sentence not in self._told:
                 self._told.add(sentence)
                 self.log.warning("ds01: %s", sentence)
@@ -171,7 +173,17 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         return options_from_form
 
     def options_from_query(self, query_data: Mapping[str, Any]) -> dict[str, Any]:
-        """`GET /hub/spawn?opt-size=…`: the same fields, and nothing but those (trap T10)."""
+        """`GET /hub/spawn?opt-size=…`: the same fields, and nothing but those (trap T10).
+
+        A link on somebody else's page must not start anything in the name of whoever clicks it: such a request gets
+        the form instead.
+        """
+        handler = getattr(self, "handler", None)
+        site = handler.request.headers.get("Sec-Fetch-Site", "none") if handler is not None else "none"
+        if site not in ("none", "same-origin"):
+            raise spawn_error(
+                Refusal(Code.NOT_ALLOWED, "A link on another page asked for this start. Choose below and press Start.")
+            )
         return options_from_query(query_data)
 
     @default("apply_user_options")
@@ -226,7 +238,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
         if self.internal_ssl:
             raise SettingsInvalid("internal_ssl is not supported: containers are separated by the network's own rules.")
         log.add(QUOTA, "Checking your quota")
-        await self._step(job, job.admit, dict(self.user_options or {}), self._door)
+        # Admission may wait (for a snapshot, for another hand): in threads of its own, not in those of poll and form.
+        await self._step(job, job.admit, dict(self.user_options or {}), self._door, pool=runtime.admissions)
         log.add(IMAGE, "Looking for the image")
         await self._step(job, job.fetch_image, self.pull_policy.lower(), pool=runtime.pulls)
         log.add(QUEUE, "Waiting for a free start slot")

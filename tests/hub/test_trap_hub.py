@@ -133,6 +133,18 @@ def test_trap_t10_every_door_is_judged_and_stale_options_too(stub: StubHub) -> N
     assert {"rest", "query"} <= set(doors)
 
 
+def test_trap_a_link_on_another_page_starts_nothing(stub: StubHub) -> None:
+    """Fails without the look at Sec-Fetch-Site in `DS01Spawner.options_from_query`."""
+    student = person(stub)
+    query = urlencode({"opt-profile": "cpu"})
+    page = student.session.get(
+        f"{stub.plan.url}/hub/spawn/student1?{query}", headers={"Sec-Fetch-Site": "cross-site"}, timeout=30
+    )
+    assert page.status_code == 403
+    assert "A link on another page asked for this start" in text_of(page.text)
+    assert stub.server("student1") is None
+
+
 def test_trap_t11_options_are_not_called_unhandled(stub: StubHub) -> None:
     """Fails without a default `apply_user_options`."""
     stub.spawn("alice", {"profile": "cpu"})
