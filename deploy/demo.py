@@ -159,6 +159,7 @@ def _welcome(plan: Plan, log: Path) -> Panel:
     text.add_row(accounts)
     text.add_row("")
     text.add_row(f"GPUs: {box}")
+    text.add_row(f"Commands: DS01_SETTINGS={plan.resolved().state_dir}/settings.json .venv/bin/ds01-admin gpus")
     text.add_row(f"Policy: {plan.settings['config_dir']} (edit it; it holds from the next start of a server on)")
     text.add_row(f"Log: {log}")
     text.add_row("[bold]Ctrl-C[/] ends the demo and removes everything that it made.")

@@ -66,7 +66,11 @@ def held_text(usage: Usage, user: str) -> str:
 
 def _free_up(usage: Usage, user: str) -> str:
     held = held_text(usage, user)
-    return f" You hold: {held}. Stop one of them, or wait until a stopped one's hold ends." if held else ""
+    if not held:
+        return ""
+    waiting = any(h.user == user and h.units and h.state is State.HELD for h in usage.holdings)
+    wait = ", or wait until the hold of a stopped one ends" if waiting else ""
+    return f" You hold: {held}. Stop what you can do without{wait}."
 
 
 def several_instances(ask: GpuAsk) -> Refusal:

@@ -9,9 +9,11 @@ This module imports nothing of the project: it stands at the bottom of the one-w
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import PurePath
 from typing import Any
 
 
@@ -189,8 +191,9 @@ class PolicyInvalid(Ds01Error):
         errors = [p for p in self.problems if not p.warning]
         first = str(errors[0]) if errors else "unknown problem"
         more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        folder = f" {shlex.quote(str(PurePath(errors[0].file).parent))}" if errors else ""
         super().__init__(
-            f"The policy is not valid: {first}{more}. Run `ds01-admin config check` to see all.",
+            f"The policy is not valid: {first}{more}. Run `ds01-admin config check{folder}` to see all.",
             facts={"problems": [str(p) for p in self.problems]},
         )
 

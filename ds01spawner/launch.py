@@ -46,7 +46,9 @@ log = logging.getLogger("ds01.launch")
 
 Report = Callable[..., None]
 
-WANTING = frozenset({Code.NO_GPU, Code.USER_COUNT, Code.USER_QUOTA, Code.GROUP_QUOTA, Code.FULL_NOT_ALLOWED})
+WANTING = frozenset(
+    {Code.NO_GPU, Code.USER_COUNT, Code.USER_QUOTA, Code.GROUP_QUOTA, Code.FULL_NOT_ALLOWED, Code.NOT_IN_PROFILE}
+)
 """Refusals after which another card may do."""
 SNAPSHOT_PATIENCE_S = 8.0
 """How long a GPU request waits for the watcher's next snapshot before it is refused as `inventory_stale`."""
@@ -144,7 +146,8 @@ class Launch:
         except Ds01Error as error:
             log.warning("%s: no alternatives can be offered: %s", self._person.name, error.message)
             return refusal
-        return Refusal(refusal.code, refusal.message, facts=refusal.facts, alternatives=cards or refusal.alternatives)
+        others = () if refusal.code is Code.NOT_IN_PROFILE else refusal.alternatives
+        return Refusal(refusal.code, refusal.message, facts=refusal.facts, alternatives=cards or others)
 
     def _reserve(self, asking: Asking) -> Admission:
         runtime = self._runtime
@@ -371,7 +374,7 @@ class Launch:
 
     def _replace(self, old: ContainerFacts, plan: Plan) -> Plan:
         """Save what the old container changed outside the mounts, then remove it."""
-        self._report(CREATE, "Your container is made anew; changes outside your folders are being saved first")
+        self._report(CREATE, "Your container is made anew; your files stay")
         same_base = old.labels.get(aime.LABEL_IMAGE, "") == aime.clean(plan.image.base)
         limit = self._scene.limits["max_container_disk"]
         kept = keep_changes(self._runtime, self._person.name, self._server, old, max_size=limit)
@@ -380,6 +383,7 @@ class Launch:
         self._trail.replaced = True
         if kept is None:
             return plan
+        self._report(CREATE, "What you had changed outside your folders was saved")
         kept.tidy(self._runtime)
         if not same_base or plan.image.leaves(old.image_id):
             return plan

@@ -25,10 +25,11 @@ MAX_RECORDED = 4096
 
 @dataclass(frozen=True)
 class Person:
-    """A Hub user with the Hub groups of this moment."""
+    """A Hub user with the Hub groups of this moment. `admin`: of the Hub; is told what is wrong with the policy."""
 
     name: str
     hub_groups: tuple[str, ...] = ()
+    admin: bool = False
 
 
 @dataclass(frozen=True)

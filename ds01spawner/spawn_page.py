@@ -11,6 +11,7 @@ from .images import profile_image
 from .runtime import Runtime
 from .scene import Person, Scene, look
 
+MAX_MISTAKES = 3
 MAX_OFFERS = 3
 """More would make a sentence that nobody reads."""
 
@@ -21,7 +22,17 @@ def spawn_form(runtime: Runtime, person: Person, server_name: str) -> str:
         scene = look(runtime, person)
     except Ds01Error as error:
         return f'<p class="alert alert-danger" role="alert">{html.escape(error.message)}</p>'
-    return render_form(_view(runtime, scene, person, server_name))
+    return _mistakes(runtime, person) + render_form(_view(runtime, scene, person, server_name))
+
+
+def _mistakes(runtime: Runtime, person: Person) -> str:
+    """For admins of the Hub: what is wrong with the policy files, and what to run."""
+    wrong = [str(problem) for problem in runtime.policies.problems if not problem.warning]
+    if not wrong or not person.admin:
+        return ""
+    lines = "<br>".join(html.escape(line) for line in wrong[:MAX_MISTAKES])
+    command = html.escape(f"ds01-admin config check {runtime.settings.config_dir}")
+    return f'<p class="alert alert-danger" role="alert">{lines}<br>To see all: <code>{command}</code></p>'
 
 
 def offers(runtime: Runtime, scene: Scene, person: Person, server_name: str) -> tuple[Alternative, ...]:

@@ -129,7 +129,8 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
     @property
     def person(self) -> Person:
         """Who starts: the Hub user with the Hub groups of this moment."""
-        return Person(self.user.name, tuple(sorted(group.name for group in self.user.groups)))
+        groups = tuple(sorted(group.name for group in self.user.groups))
+        return Person(self.user.name, groups, bool(self.user.admin))
 
     async def _thread(self, function: Callable[..., T], *args: Any, pool: ThreadPoolExecutor | None = None) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool or self.runtime.threads, function, *args)

@@ -90,8 +90,8 @@ def _files() -> str:
 def _packages() -> str:
     return """\
 ## Installing packages
-`pip install --user NAME` survives: it goes to your home folder, apart for every image, so that one image never breaks
-another. In a notebook write `%pip install --user NAME` and restart the kernel."""
+`pip install NAME` survives: it goes to your home folder, apart for every image, so that one image never breaks
+another. In a notebook write `%pip install NAME` and restart the kernel."""
 
 
 def _stop() -> str:

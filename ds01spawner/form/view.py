@@ -258,7 +258,7 @@ def _machine_notes(
     """What stands in the way of several cards, once."""
     notes = []
     if policy_problems:
-        notes.append("The rules of this server are being edited and do not parse; the last good ones are in force.")
+        notes.append("The rules of this server were changed and have a mistake; the last good ones are in force.")
     cards = [card for group in groups for card in group.cards]
     if any(card.code is Code.INVENTORY_STALE for card in cards):
         notes.append(f"{words.stale(snapshot, now).message} This page keeps looking.")

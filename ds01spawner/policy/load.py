@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,8 @@ from .explain import Model, closest, in_order, validate
 from .fields import read_name
 from .schema import ExternalFile, LimitsFile, Policy, ProfilesFile
 from .yamltree import MAX_BYTES, Node, TreeError, parse
+
+log = logging.getLogger("ds01.policy")
 
 LIMITS = "resource-limits.yaml"
 PROFILES = "profiles.yaml"
@@ -334,6 +337,8 @@ class PolicyStore:
         changed = loaded.policy is not None and (last is None or loaded.hash != last.hash)
         if changed:
             self._versions.save_policy(loaded.hash, loaded.text)
+        if problems != self._problems:
+            _tell(problems, kept=loaded.policy is None and last is not None)
         self._policy, self._problems = loaded.policy if changed else last, problems
 
     def _restored(self) -> Policy | None:
@@ -345,6 +350,14 @@ class PolicyStore:
             return policy_from_text(stored[1])
         except PolicyInvalid:
             return None  # written for another version of this program: as good as none
+
+
+def _tell(problems: Sequence[Problem], *, kept: bool) -> None:
+    """Write new findings to the log, once: the admin who made a slip looks there first."""
+    for problem in problems:
+        log.log(logging.WARNING if problem.warning else logging.ERROR, "policy: %s", problem)
+    if kept:
+        log.error("policy: the last good version stays in force until the files are right")
 
 
 def _cut_short(last: str, new: str) -> list[str]:

@@ -19,6 +19,7 @@ import yaml
 from live_hub import TOKEN, LiveHub, live_hub, server_path
 
 from deploy.instance import Plan
+from ds01spawner.servers import operation
 
 STUB = """
 import os, http.server
@@ -235,7 +236,7 @@ class StubHub(LiveHub):
         list(self._aside.map(lambda one: self.halt(*one), running))
         engine, ledger = self.runtime.engine, self.runtime.ledger
         for allocation in ledger.allocations(live=True):
-            with ledger.operation(allocation.id, "sweep", "test"):
+            with operation(self.runtime, allocation, "sweep"):
                 for container in {allocation.container_id, allocation.container_name} - {None}:
                     engine.remove(str(container), force=True)
                 ledger.release(allocation.id, "between tests")
