@@ -36,8 +36,8 @@ from .model import Admission, Allocation, Snapshot, State, Usage
 from .policy.quantity import format_size
 from .progress import CREATE, GPU, IMAGE, QUOTA
 from .runtime import Runtime, require_isolation
-from .scene import Asking, Person, Scene, look
-from .spawn_page import offers
+from .scene import Asking, Person, look
+from .spawn_page import with_offers
 from .undo import Trail
 from .verify import address_of, last_words, parent_full, require_running, verify
 from .welcome import welcome_notebook
@@ -46,10 +46,6 @@ log = logging.getLogger("ds01.launch")
 
 Report = Callable[..., None]
 
-WANTING = frozenset(
-    {Code.NO_GPU, Code.USER_COUNT, Code.USER_QUOTA, Code.GROUP_QUOTA, Code.FULL_NOT_ALLOWED, Code.NOT_IN_PROFILE}
-)
-"""Refusals after which another card may do."""
 SNAPSHOT_PATIENCE_S = 8.0
 """How long a GPU request waits for the watcher's next snapshot before it is refused as `inventory_stale`."""
 PATIENCE_S = 120.0
@@ -126,7 +122,7 @@ class Launch:
             require_folders(granted.mounts)
         except Refusal as refusal:
             asking.write(self._runtime, refusal)
-            raise self._with_offers(refusal, asking.scene) from refusal
+            raise with_offers(self._runtime, refusal, asking.scene, self._person, self._server) from refusal
         except Exception as error:
             asking.write(self._runtime, error)
             raise
@@ -136,18 +132,6 @@ class Launch:
         for note in granted.notes:
             self._report(GPU, note)
         return granted
-
-    def _with_offers(self, refusal: Refusal, scene: Scene | None) -> Refusal:
-        """A refusal for want of something, with the cards that could start now instead of admission's variations."""
-        if scene is None or refusal.code not in WANTING:
-            return refusal
-        try:
-            cards = offers(self._runtime, scene, self._person, self._server)
-        except Ds01Error as error:
-            log.warning("%s: no alternatives can be offered: %s", self._person.name, error.message)
-            return refusal
-        others = () if refusal.code is Code.NOT_IN_PROFILE else refusal.alternatives
-        return Refusal(refusal.code, refusal.message, facts=refusal.facts, alternatives=cards or others)
 
     def _reserve(self, asking: Asking) -> Admission:
         runtime = self._runtime

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import html
+import logging
 
-from .errors import Alternative, Ds01Error
+from .errors import Alternative, Code, Ds01Error, Refusal
 from .form.render import render_form
 from .form.view import FormView, build_view, quota_lines, quota_sentence
 from .images import profile_image
 from .runtime import Runtime
 from .scene import Person, Scene, look
 
+log = logging.getLogger("ds01.form")
+
+WANTING = frozenset(
+    {Code.NO_GPU, Code.USER_COUNT, Code.USER_QUOTA, Code.GROUP_QUOTA, Code.FULL_NOT_ALLOWED, Code.NOT_IN_PROFILE}
+)
+"""Refusals after which another card may do."""
 MAX_MISTAKES = 3
 MAX_OFFERS = 3
 """More would make a sentence that nobody reads."""
@@ -35,11 +42,20 @@ def _mistakes(runtime: Runtime, person: Person) -> str:
     return f'<p class="alert alert-danger" role="alert">{lines}<br>To see all: <code>{command}</code></p>'
 
 
-def offers(runtime: Runtime, scene: Scene, person: Person, server_name: str) -> tuple[Alternative, ...]:
-    """Cards of the form that could start now, as alternatives to one that was refused; at most `MAX_OFFERS`."""
-    view = _view(runtime, scene, person, server_name)
+def with_offers(runtime: Runtime, refusal: Refusal, scene: Scene | None, person: Person, server_name: str) -> Refusal:
+    """A refusal for want of something, with the form's cards that could start now in place of admission's variations
+    of what was asked; at most `MAX_OFFERS`. Any other refusal as it is."""
+    if scene is None or refusal.code not in WANTING:
+        return refusal
+    try:
+        view = _view(runtime, scene, person, server_name)
+    except Ds01Error as error:
+        log.warning("%s: no alternatives can be offered: %s", person.name, error.message)
+        return refusal
     cards = sorted((card for card in view.cards if card.available), key=lambda card: -card.share)
-    return tuple(Alternative(card.title, {"profile": card.profile, "size": card.size}) for card in cards[:MAX_OFFERS])
+    offers = [Alternative(card.title, {"profile": card.profile, "size": card.size}) for card in cards[:MAX_OFFERS]]
+    others = () if refusal.code is Code.NOT_IN_PROFILE else refusal.alternatives
+    return Refusal(refusal.code, refusal.message, facts=refusal.facts, alternatives=offers or others)
 
 
 def _view(runtime: Runtime, scene: Scene, person: Person, server_name: str) -> FormView:

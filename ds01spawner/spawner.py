@@ -36,13 +36,9 @@ from .progress import ANSWER, CREATE, IMAGE, QUEUE, QUOTA, READY, START, Progres
 from .runtime import Runtime
 from .scene import Person
 from .servers import Ended
+from .spawn_error import spawn_error
 from .spawn_page import spawn_form
 from .stored_options import guard
-
-try:  # JupyterHub 6
-    from jupyterhub.spawner import SpawnException as _SpawnException
-except ImportError:  # JupyterHub 5
-    _SpawnException = None
 
 T = TypeVar("T")
 
@@ -56,22 +52,6 @@ ANSWER_PATIENCE_S = 1.0
 STOP_PATIENCE_S = 120.0
 """How long a stop goes on asking a Docker that does not answer before it is left to the watcher."""
 STOP_RETRY_S = 2.0
-
-
-def spawn_error(error: Ds01Error) -> web.HTTPError:
-    """`error` as the exception that the Hub shows on the form, in the progress stream and on REST (trap T12).
-
-    A refusal is a SpawnException, which the Hub does not count as a failure of its own; what is broken is counted
-    (`consecutive_failure_limit`). JupyterHub 6.1 reads only `jupyterhub_message` on the pages, so it is set as well.
-    """
-    text = error.sentence() if isinstance(error, Refusal) else error.message
-    refused: web.HTTPError
-    if _SpawnException is not None and isinstance(error, Refusal):
-        refused = _SpawnException(text, reason=error.code.value, status_code=error.http_status)
-    else:
-        refused = web.HTTPError(error.http_status, text.replace("%", "%%"), reason=error.code.value)
-    vars(refused).update(jupyterhub_message=text, ds01_error=error)
-    return refused
 
 
 def _seen(future: asyncio.Future[Any]) -> None:

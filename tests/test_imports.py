@@ -37,6 +37,7 @@ LEVELS = {
     "verify": 10,
     "undo": 11,
     "reconcile": 11,
+    "spawn_error": 1,
     "stored_options": 10,
     "spawn_page": 12,
     "launch": 13,

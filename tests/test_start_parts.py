@@ -218,7 +218,7 @@ def test_error_is_a_refusal_or_a_failure_to_the_hub(error: Any, status: int, ref
     """Fails if what is broken counts as a refusal: `consecutive_failure_limit` would never see it."""
     from jupyterhub import spawner as hub_spawner
 
-    from ds01spawner.spawner import spawn_error
+    from ds01spawner.spawn_error import spawn_error
 
     told: Any = spawn_error(error)
     kind: Callable[[object], bool] = lambda e: isinstance(e, getattr(hub_spawner, "SpawnException", ()))  # noqa: E731
