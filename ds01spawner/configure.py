@@ -19,6 +19,7 @@ from tornado import web
 
 from .containers.accounts import uid_problems
 from .containers.network import bridge_name
+from .containers.ulimits import daemon_ulimits
 from .errors import Ds01Error, EngineError, PolicyInvalid, SettingsInvalid
 from .policy.resolve import may_log_in
 from .runtime import Runtime, prepare_network
@@ -80,6 +81,8 @@ def _prepare(runtime: Runtime) -> None:
         raise SettingsInvalid(f"the uids for Hub users are not free:\n  {lines}")
     for problem in runtime.policies.problems:
         log.warning("%s", problem)
+    for warning in daemon_ulimits()[1]:
+        log.warning("%s", warning)
     try:
         runtime.policies.current()
     except PolicyInvalid as error:
