@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,18 @@ from traitlets.config import Config
 
 from ds01spawner.answer import answers
 from ds01spawner.body import HubSide, require_folders, require_limits
-from ds01spawner.containers.facts import ContainerFacts
+from ds01spawner.containers.facts import ContainerFacts, ImageFacts
+from ds01spawner.containers.pulling import PullProgress
 from ds01spawner.containers.spec import api_token, without_devices
 from ds01spawner.errors import Code, EngineError, HostError, Refusal
-from ds01spawner.images import SavedImage, choose_image
+from ds01spawner.images import ImageChoice, SavedImage, choose_image
+from ds01spawner.keep import require_permitted
+from ds01spawner.launch import Cancelled, Launch
+from ds01spawner.ledger.records import ImageRecord
 from ds01spawner.model import Admission, Limit, Limits, Mount, Request, Resources
 from ds01spawner.overruled import INSTEAD, overruled
 from ds01spawner.policy.schema import Profile
-from ds01spawner.scene import MAX_RECORDED, recordable
+from ds01spawner.scene import MAX_RECORDED, Person, recordable
 
 # --------------------------------------------------------------------------- the first answer
 
@@ -179,6 +184,51 @@ def test_image_of_ones_own_is_found_by_its_tag_and_a_pattern_finds_what_has_a_na
 def test_image_that_an_admin_named_by_its_id_is_the_profiles_own() -> None:
     chosen = choose_image(Request(), profile(), "sha256:" + "ab" * 32, ())
     assert chosen.source == "sha256:" + "ab" * 32
+
+
+@pytest.mark.parametrize(
+    ("ref", "tags", "ok"),
+    [
+        ("lab/a:1", ("lab/a:1",), True),  # an admin gave somebody's image a name and offers it
+        ("lab/a", ("lab/a:latest",), True),
+        ("lab/a@sha256:" + "0" * 64, ("lab/base:main._.70001-20260102T030405",), False),
+        ("lab/saved:1", ("lab/saved:1",), False),
+    ],
+)
+def test_image_of_another_user_is_not_permitted_however_it_was_found(ref: str, tags: tuple[str, ...], ok: bool) -> None:
+    """Fails without `require_permitted`: some engines find any image of theirs by a digest."""
+    bobs = ImageRecord("bob", "lab/saved:1", "sha256:1", "lab/base:1")
+    ledger = SimpleNamespace(find_image=lambda name: bobs if name in (bobs.ref, bobs.image_id) else None)
+    runtime: Any = SimpleNamespace(ledger=ledger)
+    facts = ImageFacts(id="sha256:1", tags=tags)
+    require_permitted(runtime, "bob", ref, facts)
+    if ok:
+        require_permitted(runtime, "alice", ref, facts)
+    else:
+        with pytest.raises(Refusal) as refused:
+            require_permitted(runtime, "alice", ref, facts)
+        assert refused.value.code is Code.IMAGE_NOT_ALLOWED
+
+
+# --------------------------------------------------------------------------- pulling
+
+
+def test_pull_tells_bytes_and_stops_when_the_start_is_given_up() -> None:
+    """Fails without `Launch._pulled`: neither a figure for the page nor an end for a cancelled start."""
+    told: list[tuple[str, float | None]] = []
+
+    def pull(_ref: str, progress: Callable[[PullProgress], None]) -> ImageFacts:
+        progress(PullProgress(3 * 2**20, 10 * 2**20, 1, 4))
+        launch.cancel()
+        progress(PullProgress(4 * 2**20, 10 * 2**20, 1, 4))
+        raise AssertionError("the pull goes on")
+
+    runtime: Any = SimpleNamespace(engine=SimpleNamespace(image_facts=lambda _: None, pull=pull))
+    launch = Launch(runtime, Person("alice"), "", lambda _stage, text, fraction=None: told.append((text, fraction)))
+    launch._image = ImageChoice("lab/base:1", "lab/base:1")
+    with pytest.raises(Cancelled):
+        launch.fetch_image()
+    assert told[-1] == ("Fetching lab/base:1: 3 MiB of 10 MiB, 1 of 4 layers", 0.3)
 
 
 # --------------------------------------------------------------------------- settings without effect

@@ -200,6 +200,22 @@ def test_trap_t07_failure_of_the_hub_killed_in_the_middle_of_a_first_start(stub:
         stub.clean(timeout=40)
 
 
+def test_trap_t07_failure_of_the_hub_ended_in_the_middle_of_a_start(stub: StubHub) -> None:
+    """Fails if the undo is a task of the event loop: the Hub cancels those when it is told to end."""
+    with stub.fault("create", "after", "wait"):
+        waits(stub, "alice", "small", "create", "after")
+        assert stub.process is not None
+        stub.process.terminate()
+        time.sleep(0.5)
+        stub.no_faults()
+        stub.process.wait(20)
+    stub.clean(timeout=5)  # no watcher is there to help
+    stub.end()
+    stub.start()
+    stub.finished("alice")
+    stub.clean()
+
+
 def test_trap_t07_failure_of_the_hub_killed_while_the_server_boots_goes_on_with_it(stub: StubHub) -> None:
     """Fails without the look into the ledger in `poll` and without `get_url`: the Hub has no state of it."""
     with stub.fault("finish", "before", "wait"):
