@@ -96,6 +96,10 @@ def running_hub(plan: Plan, log: Path, console: Console) -> Iterator[None]:
         _wait_until_up(plan, hub, log)
         yield
     finally:
+        # The Hub first: it ends its proxy and services itself, and calls their end an error if somebody else does it.
+        hub.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            hub.wait(timeout=10)
         instance.end_processes(plan.state)
         hub.wait(timeout=10)
         reader.join(timeout=5)

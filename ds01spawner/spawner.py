@@ -14,13 +14,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from dockerspawner import DockerSpawner
 from jupyterhub import orm
 from jupyterhub.utils import url_path_join
 from tornado import web
-from traitlets import Unicode, default
+from traitlets import Unicode, default, validate
 
 from . import servers
 from .answer import answers
@@ -38,7 +39,7 @@ from .scene import Person
 from .servers import Ended
 from .spawn_error import spawn_error
 from .spawn_page import spawn_form
-from .stored_options import guard
+from .stored_options import acceptable, guard
 
 T = TypeVar("T")
 
@@ -176,6 +177,15 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
     def _leave_options(self, _options: Mapping[str, Any]) -> None:
         return None
 
+    _asked: Mapping[str, Any] = MappingProxyType({})
+    """What was asked for, as it came."""
+
+    @validate("user_options")
+    def _shown_options(self, proposal: Any) -> Any:
+        """What the Hub shows of it on its admin page, which an object in the place of a text would break."""
+        self._asked = proposal.value or {}
+        return proposal.value if acceptable(proposal.value) else {}
+
     @property
     def _door(self) -> str:
         handler = getattr(self, "handler", None)
@@ -220,7 +230,7 @@ class DS01Spawner(DockerSpawner):  # type: ignore[misc]  # dockerspawner has no 
             raise SettingsInvalid("internal_ssl is not supported: containers are separated by the network's own rules.")
         log.add(QUOTA, "Checking your quota")
         # Admission may wait (for a snapshot, for another hand): in threads of its own, not in those of poll and form.
-        await self._step(job, job.admit, dict(self.user_options or {}), self._door, pool=runtime.admissions)
+        await self._step(job, job.admit, dict(self._asked), self._door, pool=runtime.admissions)
         log.add(IMAGE, "Looking for the image")
         await self._step(job, job.fetch_image, self.pull_policy.lower(), pool=runtime.pulls)
         log.add(QUEUE, "Waiting for a free start slot")
