@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import html
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,13 @@ class ProgressLog:
             "message": message,
             "html_message": f'<span data-ds01-stage="{html.escape(stage.name)}">{html.escape(message)}</span>',
         }
-        self._loop.call_soon_threadsafe(self._append, event, None if fraction is None else stage)
+        with suppress(RuntimeError):  # the Hub has ended: nobody reads any more, and what is under way goes on
+            self._loop.call_soon_threadsafe(self._append, event, None if fraction is None else stage)
 
     def close(self) -> None:
         """End every reader once it has read everything. Call on the event loop or from a thread."""
-        self._loop.call_soon_threadsafe(self._close)
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._close)
 
     def _append(self, event: dict[str, Any], running: Stage | None) -> None:
         if self._closed or (self._events and self._events[-1] == event):

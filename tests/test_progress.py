@@ -110,6 +110,15 @@ async def test_progress_html_is_escaped() -> None:
     assert "<script>" not in event["html_message"] and 'data-ds01-stage="first answer"' in event["html_message"]
 
 
+def test_progress_of_a_hub_that_has_ended_disturbs_nobody() -> None:
+    """Fails if a step of a start that is being taken back dies of a closed event loop."""
+    loop = asyncio.new_event_loop()
+    log = ProgressLog(loop)
+    loop.close()
+    log.add(QUOTA, "nobody hears")
+    log.close()
+
+
 async def test_progress_log_is_used_once_something_was_said_or_it_ended() -> None:
     loop = asyncio.get_running_loop()
     fresh, said, ended = ProgressLog(loop), ProgressLog(loop), ProgressLog(loop)

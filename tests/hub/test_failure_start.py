@@ -205,8 +205,10 @@ def test_trap_t07_failure_of_the_hub_ended_in_the_middle_of_a_start(stub: StubHu
     with stub.fault("create", "after", "wait"):
         waits(stub, "alice", "small", "create", "after")
         assert stub.process is not None
+        ended = stub.logged("...done")
         stub.process.terminate()
-        time.sleep(0.5)
+        stub.wait(lambda: stub.logged("...done") > ended, "the Hub has cleaned up")
+        time.sleep(1)  # now it cancels what is pending
         stub.no_faults()
         stub.process.wait(20)
     stub.clean(timeout=5)  # no watcher is there to help
