@@ -67,6 +67,7 @@ def reserved(**more: object) -> Allocation:
         (119, (), False),
         (121, (), True),
         (10, (operation(stale=True, since=ago(seconds=9)),), True),  # its own hand is dead
+        (10, (operation(stale=True, since=ago(seconds=11)),), True),  # the same: taken just before the reservation
         (10, (operation(stale=True, since=ago(seconds=60)),), False),  # somebody died before this start began
         (10, (operation(stale=True, since=ago(seconds=9), what="commit"),), False),
         (9999, (operation(),), False),  # a pull may last for hours
