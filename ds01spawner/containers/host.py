@@ -209,17 +209,19 @@ def _own(descriptor: int, path: Path, uid: int, gid: int) -> None:
     Empty and root's is what `mkdir` just made here, or before a crash. In a tree of the user's they could put
     another one in its place, but an empty folder gives them nothing.
     """
-    found = os.fstat(descriptor)
-    if found.st_uid == uid:
+    owner = os.fstat(descriptor).st_uid
+    if owner == 0 and _empty(descriptor):
+        os.fchown(descriptor, uid, gid)
+        os.fchmod(descriptor, 0o700)
         return
-    if found.st_uid != 0 or not _empty(descriptor):
+    # Asked again: another start of the same user may have handed it over, and filled it, since.
+    owner = os.fstat(descriptor).st_uid
+    if owner != uid:
         raise _refused(
-            f"{path} belongs to uid {found.st_uid}, not to {uid}. An administrator must look into it and then "
+            f"{path} belongs to uid {owner}, not to {uid}. An administrator must look into it and then "
             f"either move it away or run: chown -R -h {uid}:{gid} {path}",
             path,
         )
-    os.fchown(descriptor, uid, gid)
-    os.fchmod(descriptor, 0o700)
 
 
 def _empty(descriptor: int) -> bool:
