@@ -79,8 +79,6 @@ def _prepare(runtime: Runtime) -> None:
         # A uid that somebody else's user namespace maps would open a Hub user's files to them.
         lines = "\n  ".join(str(problem) for problem in overlaps)
         raise SettingsInvalid(f"the uids for Hub users are not free:\n  {lines}")
-    for problem in runtime.policies.problems:
-        log.warning("%s", problem)
     for warning in daemon_ulimits()[1]:
         log.warning("%s", warning)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ds01spawner.containers import host
 from ds01spawner.containers.host import (
     Folder,
     boot_id,
@@ -218,6 +219,18 @@ class TestFolders:
             thread.join()
         assert len(folders) == 16
         assert len({(folder.device, folder.inode) for folder in folders}) == 1
+
+    def test_race_a_folder_handed_over_by_another_start_is_theirs(
+        self, parent: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Between our look at its owner and our look into it, the other start hands it over and fills it."""
+
+        def handed_over(descriptor: int) -> bool:
+            os.fchown(descriptor, UID, GID)
+            return False
+
+        monkeypatch.setattr(host, "_empty", handed_over)
+        assert prepare_workspace(parent, UID, GID).created
 
     def test_no_descriptor_is_left_open(self, parent: Path) -> None:
         def count() -> int:
